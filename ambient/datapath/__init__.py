@@ -1,0 +1,1 @@
+"""What the kernel maps hold: layout, wanted entries, plan, rendering. Pure."""

@@ -1,0 +1,1 @@
+"""All of ambient's shared I/O: kernel maps, namespaces, Kubernetes API, gRPC."""

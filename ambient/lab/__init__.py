@@ -1,0 +1,1 @@
+"""Nodes and pods out of network namespaces, with an API server: a mesh on one machine."""

@@ -1,0 +1,1 @@
+"""Kubernetes objects -> model. Pure; every problem names object, field path and rule."""

@@ -1,0 +1,1 @@
+"""The vocabulary: frozen values of the mesh, standard library only."""

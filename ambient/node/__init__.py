@@ -1,0 +1,1 @@
+"""The node: holder, agent, enrolment, CNI."""

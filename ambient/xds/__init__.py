@@ -1,0 +1,1 @@
+"""Delta xDS as state machines without sockets, and model <-> wire."""

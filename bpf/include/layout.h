@@ -1,0 +1,218 @@
+/* layout.h - the one definition of every key, value, flag and limit of the kernel maps.
+ *
+ * Included by the eBPF programs and parsed by ambient/datapath/layout.py, which therefore accepts only
+ * this restricted C: #define NAME NUMBER, enum with explicit values, and structs of fixed-width integers,
+ * fixed arrays of them, and structs defined above. Every struct has explicit padding named pad*, and a
+ * _Static_assert of its size. The hash of this file names the pin directory: another layout, another one.
+ *
+ * Addresses are 16 bytes, IPv4 as ::ffff:a.b.c.d, whatever the socket's family. Ports are in HOST order
+ * in two bytes unless the name ends in _be. Identifiers of workloads and services are node-local numbers
+ * given by the agent; 0 means unknown.
+ */
+#ifndef AMBIENT_LAYOUT_H
+#define AMBIENT_LAYOUT_H
+
+#define LAYOUT_VERSION 1
+
+/* Limits: entries per map. A full map refuses and counts; see the share below. */
+#define ENROLLED_MAX 1024
+#define WORKLOADS_MAX 65536
+#define SERVICES_MAX 65536
+#define REDIRECTS_MAX 65536
+#define AUTHORIZED_MAX 65536
+#define ORIGINS_MAX 65536
+#define LISTENERS_MAX 8192
+#define COUNTERS_MAX 64
+#define EXEMPT_CGROUPS_MAX 8
+#define KUBELET_CGROUPS_MAX 4
+#define CLUSTER_RANGES_MAX 8
+
+/* Ports of the mesh; ambient/ports.py holds the same numbers and a test compares them. */
+#define PORT_OUTBOUND 15001
+#define PORT_INBOUND_PLAINTEXT 15006
+#define PORT_HBONE 15008
+#define PORT_DNS 15053
+#define PORT_DNS_SERVER 53
+
+/* Why something was refused or let pass; the index of the counters map. Names are CLI and metric words. */
+enum reason {
+	REASON_NONE = 0,
+	REASON_CAPTURED = 1,            /* connect sent to ztunnel */
+	REASON_NOT_MESH = 2,            /* destination known not to be in the mesh: left alone */
+	REASON_BYPASS = 3,              /* operator's bypass or open on failure: left alone */
+	REASON_EXEMPT = 4,              /* a socket of ztunnel or the agent: left alone */
+	REASON_LOOPBACK = 5,            /* destination is loopback: left alone */
+	REASON_RECURSION = 6,           /* connect to a mesh port refused */
+	REASON_NO_PENDING = 7,          /* no room for the socket's record: refused */
+	REASON_REDIRECTS_FULL = 8,      /* redirects full: refused */
+	REASON_SHARE_EXCEEDED = 9,      /* workload is beyond its share of per-flow entries: refused */
+	REASON_AUTHORIZED = 10,         /* inbound: let through by an authorized entry */
+	REASON_PROBE = 11,              /* inbound: kubelet probe */
+	REASON_STEERED = 12,            /* inbound: steered to the plaintext capture listener */
+	REASON_NO_LISTENER = 13,        /* inbound: listener missing, dropped */
+	REASON_HBONE = 14,              /* inbound: tunnel to ztunnel's own listener */
+	REASON_TUPLE_MISMATCH = 15,     /* TCP_CONNECT_CB: the remote is not the recorded one */
+	REASON_AUTHORIZED_FULL = 16,    /* authorized full: the flow will be steered */
+	REASON_DNS = 17,                /* DNS sent to the proxy */
+	REASON_BIND_FAILED = 18,        /* the pod's address could not be bound: refused */
+	REASON_STALE_AUTHORIZED = 19,   /* authorized entry of an older generation or another workload: ignored */
+	REASON_NOT_SYNCED = 20,         /* settings.complete is 0: captured although unknown */
+	REASON_ZTUNNEL = 21,            /* inbound: let through for ztunnel's own delivery */
+	REASON_MAX = 22,
+};
+
+/* What a listener in a pod's namespace is for. */
+enum listener_kind {
+	LISTENER_OUTBOUND = 1,          /* 15001 */
+	LISTENER_INBOUND_PLAINTEXT = 2, /* 15006 */
+	LISTENER_HBONE = 3,             /* 15008 */
+};
+
+/* Flags of a workload or service address. */
+#define WORKLOAD_ENROLLED 1     /* reached by HBONE */
+#define WORKLOAD_LOCAL 2        /* runs on this node */
+#define WORKLOAD_WAYPOINT 4     /* has a waypoint */
+#define WORKLOAD_ALLOW_ANY 8    /* no policy selects it */
+
+/* settings.mode */
+#define MODE_CAPTURE 0
+#define MODE_BYPASS 1
+
+struct address {
+	__u8 bytes[16];
+};
+
+/* enrolled: netns cookie -> workload. */
+struct enrolled_value {
+	struct address address4;    /* what an unbound IPv4 socket is bound to; :: if none */
+	struct address address6;    /* the same for IPv6; :: if none */
+	__u32 workload;
+	__u32 flows_max;            /* this workload's share of per-flow entries */
+	__u32 flows;                /* per-flow entries in use; written by programs */
+	__u32 flags;
+	__u64 refused;              /* connects refused for the share; written by programs */
+};
+_Static_assert(sizeof(struct enrolled_value) == 56, "enrolled_value");
+
+/* workloads: address -> workload. */
+struct workload_value {
+	__u32 workload;
+	__u32 flags;                /* WORKLOAD_* */
+	__u64 generation;           /* of the workload at this address; changes when the address is reused */
+};
+_Static_assert(sizeof(struct workload_value) == 16, "workload_value");
+
+/* services: VIP and port -> service. */
+struct service_key {
+	struct address vip;
+	__u16 port;
+	__u8 pad[6];
+};
+_Static_assert(sizeof(struct service_key) == 24, "service_key");
+
+struct service_value {
+	__u32 service;
+	__u32 flags;                /* WORKLOAD_WAYPOINT */
+};
+_Static_assert(sizeof(struct service_value) == 8, "service_value");
+
+/* pending (sk_storage): what the connect hook decided for this socket. */
+struct pending_value {
+	struct address original;    /* what the application asked for: getpeername shows it */
+	struct address remote;      /* where the socket was sent */
+	struct address endpoint;    /* endpoint chosen by the hook, :: if none */
+	__u64 netns;                /* cookie of the socket's namespace */
+	__u64 generation;           /* of the destination workload when decided */
+	__u32 workload;             /* destination workload, 0 if not known */
+	__u16 original_port;
+	__u16 remote_port;
+	__u16 endpoint_port;
+	__u16 reason;               /* enum reason */
+	__u32 source;               /* source workload */
+};
+_Static_assert(sizeof(struct pending_value) == 80, "pending_value");
+
+/* redirects: two kinds of key in one map. Until accept the key is the client's 4-tuple in its namespace
+ * (cookie 0); from PASSIVE_ESTABLISHED on it is the accepted socket's cookie (everything else 0). */
+struct redirect_key {
+	__u64 cookie;
+	__u64 netns;
+	struct address client;
+	__u16 client_port;
+	__u16 listener_port;
+	__u32 pad;
+};
+_Static_assert(sizeof(struct redirect_key) == 40, "redirect_key");
+
+struct redirect_value {
+	struct address original;
+	struct address endpoint;    /* :: if the hook chose none */
+	struct address client;
+	__u64 netns;
+	__u64 created_ns;           /* bpf_ktime_get_ns */
+	__u32 source;               /* source workload */
+	__u16 original_port;
+	__u16 endpoint_port;
+	__u16 client_port;
+	__u16 pad[3];
+};
+_Static_assert(sizeof(struct redirect_value) == 80, "redirect_value");
+
+/* The 4-tuple of a connection into a pod, seen from the pod: key of authorized and origins. */
+struct tuple_key {
+	struct address local;
+	struct address remote;
+	__u16 local_port;
+	__u16 remote_port;
+	__u32 pad;
+};
+_Static_assert(sizeof(struct tuple_key) == 40, "tuple_key");
+
+/* authorized: 4-tuple -> who let it in. */
+struct authorized_value {
+	__u64 generation;           /* of the destination workload; 0: not checked */
+	__u64 created_ns;
+	__u32 workload;             /* destination workload, which must own the local address */
+	__u16 reason;               /* REASON_PROBE, REASON_ZTUNNEL, later kernel-path reasons */
+	__u16 pad;
+};
+_Static_assert(sizeof(struct authorized_value) == 24, "authorized_value");
+
+/* origins: 4-tuple -> the client address shown to the application by getpeername and accept. */
+struct origin_value {
+	struct address client;
+	__u16 client_port;
+	__u8 pad[6];
+};
+_Static_assert(sizeof(struct origin_value) == 24, "origin_value");
+
+/* listeners (sockhash): pod address and kind -> ztunnel's listening socket; the leaf is a u64. */
+struct listener_key {
+	struct address pod;
+	__u32 kind;                 /* enum listener_kind */
+	__u32 pad;
+};
+_Static_assert(sizeof(struct listener_key) == 24, "listener_key");
+
+struct range {
+	struct address base;
+	__u32 prefix;               /* bits of the 128-bit address: an IPv4 /8 is 104 */
+	__u32 pad;
+};
+_Static_assert(sizeof(struct range) == 24, "range");
+
+/* settings: one entry, key 0. Written by the agent only. */
+struct settings_value {
+	__u64 generation;
+	__u64 heartbeat_ns;         /* CLOCK_MONOTONIC of the agent's last sign of life */
+	__u64 exempt_cgroups[8];    /* cgroup ids of ztunnel and agent; 0 unused */
+	__u64 kubelet_cgroups[4];
+	struct range cluster_ranges[8];  /* prefix 0 and base ::: unused */
+	__u32 mode;                 /* MODE_* */
+	__u32 complete;             /* 1: the maps hold the whole World */
+	__u32 cluster_ranges_used;
+	__u32 heartbeat_timeout_s;  /* 0: never open on failure */
+};
+_Static_assert(sizeof(struct settings_value) == 320, "settings_value");
+
+#endif

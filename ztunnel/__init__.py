@@ -1,0 +1,1 @@
+"""ztunnel: the per-node L4 proxy. core decides, io obeys."""

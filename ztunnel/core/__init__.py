@@ -1,0 +1,1 @@
+"""Decisions of ztunnel: capture, route, authorize, tunnel, pool. Pure."""
