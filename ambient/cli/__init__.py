@@ -1,1 +1,75 @@
-"""The command line."""
+"""The command line. Nouns look, verbs change; tables for people, ``-o json|yaml`` for programs.
+
+Data goes to stdout, talk to stderr. Exit codes: 0 done or yes, 1 no or failed, 2 misuse. A sub-command's
+module is imported only when it is called, so that `ambient --help` stays fast and needs neither root nor bcc.
+"""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from typing import Any
+
+import click
+
+from ambient.errors import AmbientError
+
+_COMMANDS: dict[str, tuple[str, str]] = {
+    # name: (module:object, one line for the overview)
+    "check": ("ambient.cli.check:check", "Can this machine run the mesh, and what is in the way?"),
+    "lab": ("ambient.cli.lab:lab", "Nodes and pods on this machine, with an API server."),
+    "demo": ("ambient.cli.demo:demo", "Two nodes and a shop: enrol, encrypt, deny, un-enrol, step by step."),
+    "workloads": ("ambient.cli.state:workloads", "What ztunnel knows of workloads."),
+    "services": ("ambient.cli.state:services", "What ztunnel knows of services."),
+    "policies": ("ambient.cli.state:policies", "What ztunnel knows of policies."),
+    "certificates": ("ambient.cli.state:certificates", "Certificates ztunnel holds."),
+    "connections": ("ambient.cli.state:connections", "Connections open through ztunnel."),
+    "maps": ("ambient.cli.maps:maps", "What the kernel holds right now."),
+    "namespace": ("ambient.cli.namespace:namespace", "List, enrol and unenrol namespaces."),
+    "log": ("ambient.cli.state:log", "Show or set ztunnel's log level."),
+    "version": ("ambient.cli.version:version", "Versions of this program, its layout and the kernel."),
+    "control": ("ambient.cli.processes:control", "Run the control plane."),
+    "node": ("ambient.cli.processes:node", "Run the node: holder, agent and ztunnel."),
+}
+
+
+class _Lazy(click.Group):
+    """Imports a sub-command's module when it is called; a fault becomes one line and exit code 1."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return list(_COMMANDS)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        if cmd_name not in _COMMANDS:
+            return None
+        module, _, name = _COMMANDS[cmd_name][0].partition(":")
+        command: click.Command = getattr(importlib.import_module(module), name)
+        return command
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        with formatter.section("Commands"):
+            formatter.write_dl([(name, line) for name, (_, line) in _COMMANDS.items()])
+
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except AmbientError as error:
+            click.echo(f"ambient: {error}", err=True)
+            sys.exit(1)
+
+
+@click.group(cls=_Lazy, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
+def cli() -> None:
+    """ambient: a service mesh without sidecars. Label a namespace and its pods have identity, mTLS and policy.
+
+    \b
+    Example:
+      ambient lab up -f examples/shop.yaml --nodes 2
+      ambient namespace enrol shop
+      ambient maps redirects
+    """
+
+
+def main() -> None:
+    """Entry point of the `ambient` program."""
+    cli(prog_name="ambient")

@@ -1,0 +1,70 @@
+# `make demo` runs the main job, `make test` the tests; both prepare a fresh Debian 12 by themselves (as root).
+SHELL := /bin/bash
+.SHELLFLAGS := -euo pipefail -c
+.ONESHELL:
+.DEFAULT_GOAL := help
+
+PY := .venv/bin/python
+PACKAGES := python3-bpfcc linux-headers-amd64 python3-venv python3-pip iproute2 nftables tcpdump gcc libc6-dev \
+            make openssl nginx-light wrk iperf3 procps util-linux
+
+.PHONY: help setup packages demo test lint format proto clean
+help:
+	@echo "make demo    two nodes, a shop, enrolment, mTLS, policy: the whole mesh on this machine"
+	echo "make test    every test this machine can run"
+	echo "make lint    ruff, mypy --strict, import contracts"
+
+setup: build/packages .venv/ready build/ambient-cni  ## everything the other targets need
+
+# Only missing packages are installed; kubectl comes from Debian unless one is there already.
+build/packages: Makefile
+	@mkdir -p build
+	missing=()
+	for p in $(PACKAGES); do dpkg-query -W -f='$${Status}' "$$p" 2>/dev/null | grep -q 'ok installed' || missing+=("$$p"); done
+	command -v kubectl >/dev/null || missing+=(kubernetes-client)
+	if [ $${#missing[@]} -gt 0 ]; then
+	  [ "$$(id -u)" = 0 ] || { echo "make: install these packages as root: $${missing[*]}" >&2; exit 1; }
+	  echo "installing $${missing[*]}"
+	  apt-get update -qq
+	  # no service may start: the programs are used, their daemons are not
+	  printf '#!/bin/sh\nexit 101\n' > build/policy-rc.d && chmod +x build/policy-rc.d
+	  [ -e /usr/sbin/policy-rc.d ] || { cp build/policy-rc.d /usr/sbin/policy-rc.d; trap 'rm -f /usr/sbin/policy-rc.d' EXIT; }
+	  DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends "$${missing[@]}" >build/apt.log 2>&1 \
+	    || { tail -20 build/apt.log >&2; exit 1; }
+	fi
+	touch $@
+
+# bcc is a distribution package, so the environment sees the system's; the lock file wins over everything else there.
+.venv/ready: requirements.lock pyproject.toml build/packages
+	@[ -x $(PY) ] || /usr/bin/python3 -m venv --system-site-packages .venv
+	echo "installing Python packages"
+	.venv/bin/pip install -q --disable-pip-version-check --no-deps --ignore-installed -r requirements.lock
+	.venv/bin/pip install -q --disable-pip-version-check --no-deps --no-build-isolation -e . 2>build/pip.log \
+	  || { cat build/pip.log >&2; exit 1; }
+	touch $@
+
+build/ambient-cni: ambient/node/cni_stub.c build/packages
+	@mkdir -p build
+	gcc -O2 -static -Wall -Wextra -Werror -o $@ $<
+
+demo: setup
+	@$(PY) -m ambient demo
+
+test: setup
+	@$(PY) -m pytest tests $(ARGS)
+
+lint: setup
+	@.venv/bin/ruff check .
+	.venv/bin/ruff format --check .
+	.venv/bin/mypy
+	.venv/bin/lint-imports
+
+format: setup
+	@.venv/bin/ruff check --fix .
+	.venv/bin/ruff format .
+
+proto: setup
+	@$(PY) -m grpc_tools.protoc -I. --python_out=. --pyi_out=. ambient/proto/*.proto
+
+clean:
+	@rm -rf build .venv .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -1,0 +1,5 @@
+"""`python -m ambient`: the command line."""
+
+from ambient.cli import main
+
+main()

@@ -1,0 +1,68 @@
+"""How every command prints: a table for people, JSON or YAML for programs, from the same rows."""
+
+from __future__ import annotations
+
+import io
+import json
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, TypeVar
+
+import click
+import yaml
+from rich.console import Console
+from rich.table import Table
+
+_F = TypeVar("_F", bound=Callable[..., Any])
+
+Row = Mapping[str, Any]
+
+
+def output_option(function: _F) -> _F:
+    """The ``-o`` option, spelled alike everywhere."""
+    return click.option(
+        "-o",
+        "--output",
+        type=click.Choice(["table", "json", "yaml"]),
+        default="table",
+        show_default=True,
+        help="Format of the output.",
+    )(function)
+
+
+def cell(value: Any) -> str:
+    """Text of one table cell; nothing is shown as ``-`` so that columns can be cut by position."""
+    if value is None or value in ("", [], ()):
+        return "-"
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, list | tuple | set | frozenset):
+        return ",".join(map(str, value))
+    return str(value)
+
+
+def table(rows: Sequence[Row], columns: Sequence[str], width: int | None = None) -> str:
+    """A kubectl-like table: upper-case headings, no lines, one row each."""
+    grid = Table(box=None, pad_edge=False, show_edge=False, header_style="")
+    for column in columns:
+        grid.add_column(column.replace("_", " ").upper(), no_wrap=True, overflow="fold")
+    for row in rows:
+        grid.add_row(*(cell(row.get(column)) for column in columns))
+    out = io.StringIO()
+    Console(file=out, width=width or 400, color_system=None, highlight=False, markup=False).print(grid)
+    return "\n".join(line.rstrip() for line in out.getvalue().splitlines())
+
+
+def emit(rows: Sequence[Row], output: str, columns: Sequence[str], empty: str = "nothing found") -> None:
+    """Print the rows. JSON and YAML always hold every field, the table only ``columns``."""
+    if output == "json":
+        click.echo(json.dumps([dict(row) for row in rows], indent=2, default=str))
+    elif output == "yaml":
+        click.echo(
+            yaml.safe_dump(json.loads(json.dumps([dict(r) for r in rows], default=str)), sort_keys=False), nl=False
+        )
+    elif rows:
+        click.echo(table(rows, columns))
+    else:
+        click.echo(empty, err=True)
+    sys.stdout.flush()
