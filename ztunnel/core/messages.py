@@ -179,6 +179,12 @@ class Synced(msgspec.Struct, frozen=True, tag=True):
     """Control -> worker after start: questions asked before (re)connecting must be asked again."""
 
 
+class ControlChannel(msgspec.Struct, frozen=True, tag=True):
+    """Parent -> worker on the packet socket that also carries PodPut, with one descriptor beside it: the
+    worker's end of a new stream, because the control process was restarted. The worker drops the old stream
+    and asks again for everything it holds; what it has cached stays valid meanwhile."""
+
+
 Message = (
     AskRoute
     | Route
