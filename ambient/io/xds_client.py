@@ -1,0 +1,102 @@
+"""Subscribe a node process to the control plane's World, for ever."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import random
+from collections.abc import Awaitable, Callable
+
+import grpc
+import grpc.aio
+
+from ambient.errors import AmbientError, OurFault, PeerFault
+from ambient.io.control_channel import bearer, describe, open_channel
+from ambient.model.world import Diff, World
+from ambient.proto import discovery_pb2
+from ambient.settings import NodeSettings
+from ambient.xds.client import Backoff, Client, describe_node, summarize
+
+METHOD = "/envoy.service.discovery.v3.AggregatedDiscoveryService/DeltaAggregatedResources"
+
+OnChange = Callable[[World, Diff], Awaitable[None]]
+OnState = Callable[[bool, str], None]
+
+_log = logging.getLogger(__name__)
+
+
+async def subscribe(
+    settings: NodeSettings,
+    role: str,
+    on_change: OnChange,
+    *,
+    on_state: OnState | None = None,
+    backoff: Backoff | None = None,
+) -> None:
+    """Keep a World up to date until cancelled.
+
+    ``on_change(world, diff)`` is awaited for the first complete World (also an empty one) and for every
+    change after it, one at a time; a change is acknowledged to the control plane when it has returned. If
+    it raises, the fault is logged, the connection is given up, and the change comes again on the next one.
+    ``on_state(connected, reason)`` is told of every change of the connection, for status and metrics.
+    ``role`` is agent or ztunnel.
+    """
+    client = Client(describe_node(role, settings.node_name, pod=os.environ.get("POD_NAME", "")))
+    waits = backoff or Backoff()
+    tell = on_state or (lambda connected, reason: None)
+    while True:
+        try:
+            await _run(settings, client, on_change, tell, waits)
+            reason = "the control plane closed the stream"
+        except AmbientError as error:
+            reason = str(error)
+        except grpc.aio.AioRpcError as error:
+            reason = describe(error)
+        delay = waits.next(random.random())
+        tell(False, reason)
+        _log.warning("discovery (%s) from %s: %s; again in %.2f s", role, settings.control_address, reason, delay)
+        await asyncio.sleep(delay)
+
+
+async def _run(settings: NodeSettings, client: Client, on_change: OnChange, tell: OnState, waits: Backoff) -> None:
+    """One connection, until it ends."""
+    async with open_channel(settings) as channel:
+        call = channel.stream_stream(
+            METHOD,
+            request_serializer=discovery_pb2.DeltaDiscoveryRequest.SerializeToString,
+            response_deserializer=discovery_pb2.DeltaDiscoveryResponse.FromString,
+        )(metadata=bearer(settings))
+        try:
+            for request in client.connect():
+                await call.write(request)
+            connected = False
+            while True:
+                response = await call.read()
+                if not isinstance(response, discovery_pb2.DeltaDiscoveryResponse):  # EOF
+                    code = await call.code()
+                    raise PeerFault(f"{code.name}: {(await call.details() or '')[:500]}")
+                if not connected:
+                    connected = True
+                    waits.reset()
+                    tell(True, "")
+                change = client.receive(response)
+                if change is None:
+                    continue
+                if change.rejected:
+                    _log.error("discovery: %d resources refused: %s", len(change.rejected), summarize(change.rejected))
+                if change.diff or change.first:
+                    await _act(on_change, change.world, change.diff)
+                for ack in client.commit(change):
+                    await call.write(ack)
+        finally:
+            call.cancel()
+
+
+async def _act(on_change: OnChange, world: World, diff: Diff) -> None:
+    try:
+        await on_change(world, diff)
+    except Exception as error:
+        # whatever went wrong in the user's code, the state machine stays at what was committed
+        _log.exception("discovery: a change could not be put into effect")
+        raise OurFault(f"a change could not be put into effect: {type(error).__name__}: {error}") from error
