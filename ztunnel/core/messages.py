@@ -35,7 +35,8 @@ class Hop(msgspec.Struct, frozen=True, kw_only=True):
     port: int
     """Where to connect: the peer's :15008 for HBONE, the endpoint itself for TCP."""
     authority: str = ""
-    """CONNECT :authority, for HBONE."""
+    """CONNECT :authority, for HBONE. Empty: this hop is plain TCP, also in a route of kind hbone (while a
+    service's pods are being enrolled some are reached by a tunnel and some are not)."""
     identities: tuple[str, ...] = ()
     """SPIFFE IDs of which the peer must prove one, for HBONE; never empty there."""
     destination: str = ""
@@ -51,7 +52,7 @@ class Route(msgspec.Struct, frozen=True, tag=True, kw_only=True):
     port: int
     generation: int
     kind: str
-    """hbone, tcp, or refused"""
+    """hbone (at least one hop is), tcp (no hop is), or refused"""
     hops: tuple[Hop, ...] = ()
     service: str = ""
     """namespace/hostname if the destination is a service."""
@@ -176,13 +177,23 @@ class LogLevel(msgspec.Struct, frozen=True, tag=True, kw_only=True):
 
 
 class Synced(msgspec.Struct, frozen=True, tag=True):
-    """Control -> worker after start: questions asked before (re)connecting must be asked again."""
+    """Control -> worker after start, and when verdicts come to depend on the source address: every question
+    must be asked again, verdicts once per open connection with its real source address. An answer replaces
+    what is cached; a verdict cached for every source address goes when one for a single address comes."""
 
 
 class ControlChannel(msgspec.Struct, frozen=True, tag=True):
     """Parent -> worker on the packet socket that also carries PodPut, with one descriptor beside it: the
     worker's end of a new stream, because the control process was restarted. The worker drops the old stream
     and asks again for everything it holds; what it has cached stays valid meanwhile."""
+
+
+class WorkerChannel(msgspec.Struct, frozen=True, tag=True, kw_only=True):
+    """Parent -> control process on its packet socket, with one descriptor beside it: the control process's end
+    of the stream to a worker. A number given again replaces the stream of the worker that had it."""
+
+    number: int
+    pid: int
 
 
 Message = (
