@@ -22,10 +22,12 @@ from typing import Any, Final, Generic, TypeVar, cast
 import msgspec
 
 from ambient.errors import OurFault, PeerFault
-from ambient.node.messages import FDS_MAX, MESSAGE_BYTES_MAX
 
 M = TypeVar("M", bound=msgspec.Struct)
 
+MESSAGE_BYTES_MAX: Final = 16384
+FDS_MAX: Final = 16
+"""Limits of one packet, the same as ambient.node.messages states."""
 BACKLOG: Final = 16
 _FD_BYTES = array.array("i").itemsize
 # Room for more descriptors than are allowed: the kernel then hands the surplus over to be closed here.

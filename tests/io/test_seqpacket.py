@@ -15,6 +15,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from ambient.errors import OurFault, PeerFault
+from ambient.io import seqpacket
 from ambient.io.seqpacket import AsyncPacketSocket, PacketSocket, close_all, connect, listen, pair
 from ambient.node.messages import FDS_MAX, MESSAGE_BYTES_MAX, Ack, Message, Pod, PodPut, SnapshotSent
 
@@ -148,3 +149,7 @@ def test_a_listener_is_private_and_replaces_a_stale_socket_but_no_file(tmp_path:
     with pytest.raises(OSError):
         listen(other)
     assert other.read_text() == "kept"
+
+
+def test_the_limits_are_those_of_the_protocol() -> None:
+    assert (seqpacket.MESSAGE_BYTES_MAX, seqpacket.FDS_MAX) == (MESSAGE_BYTES_MAX, FDS_MAX)
