@@ -107,7 +107,7 @@ def run_in_netns(fd: int, function: Callable[[], T]) -> T:
         try:
             _enter(fd)
             results.append(function())
-        except BaseException as error:  # noqa: BLE001 - handed to the caller below
+        except BaseException as error:  # handed to the caller below
             errors.append(error)
 
     thread = threading.Thread(target=body, name=f"netns-{fd}", daemon=True)

@@ -18,7 +18,7 @@
 #define ENROLLED_MAX 1024
 #define WORKLOADS_MAX 65536
 #define SERVICES_MAX 65536
-#define REDIRECTS_MAX 65536
+#define REDIRECTS_MAX 131072
 #define AUTHORIZED_MAX 65536
 #define ORIGINS_MAX 65536
 #define LISTENERS_MAX 8192
@@ -26,6 +26,9 @@
 #define EXEMPT_CGROUPS_MAX 8
 #define KUBELET_CGROUPS_MAX 4
 #define CLUSTER_RANGES_MAX 8
+#define SETTINGS_MAX 1
+#define FLOWS_SHARE_DEFAULT 8192    /* enrolled_value.flows_max unless the agent knows better */
+#define CGROUP_LEVELS_MAX 12        /* ancestors of a process that are compared with a set of cgroups */
 
 /* Ports of the mesh; ambient/ports.py holds the same numbers and a test compares them. */
 #define PORT_OUTBOUND 15001
@@ -58,7 +61,8 @@ enum reason {
 	REASON_STALE_AUTHORIZED = 19,   /* authorized entry of an older generation or another workload: ignored */
 	REASON_NOT_SYNCED = 20,         /* settings.complete is 0: captured although unknown */
 	REASON_ZTUNNEL = 21,            /* inbound: let through for ztunnel's own delivery */
-	REASON_MAX = 22,
+	REASON_LISTENER_MISMATCH = 22,  /* inbound: the listener in the map cannot take the connection, dropped */
+	REASON_MAX = 23,
 };
 
 /* What a listener in a pod's namespace is for. */
@@ -74,6 +78,13 @@ enum listener_kind {
 #define WORKLOAD_WAYPOINT 4     /* has a waypoint */
 #define WORKLOAD_ALLOW_ANY 8    /* no policy selects it */
 
+#define WORKLOAD_BYPASS 16      /* operator's bypass of this local pod: plaintext is not steered */
+#define WORKLOAD_OPEN 32        /* open on failure: the same once the heartbeat stopped */
+
+/* Flags of an enrolled workload. */
+#define ENROLLED_BYPASS 1       /* operator's bypass: connects are left alone */
+#define ENROLLED_OPEN 2         /* open on failure: the same once the heartbeat stopped */
+
 /* settings.mode */
 #define MODE_CAPTURE 0
 #define MODE_BYPASS 1
@@ -82,13 +93,14 @@ struct address {
 	__u8 bytes[16];
 };
 
-/* enrolled: netns cookie -> workload. */
+/* enrolled: netns cookie -> workload. The agent writes all but flows and refused, and keeps those two when it
+ * writes an entry again. A captured connection counts from TCP_CONNECT_CB until its socket closes. */
 struct enrolled_value {
 	struct address address4;    /* what an unbound IPv4 socket is bound to; :: if none */
 	struct address address6;    /* the same for IPv6; :: if none */
 	__u32 workload;
 	__u32 flows_max;            /* this workload's share of per-flow entries */
-	__u32 flows;                /* per-flow entries in use; written by programs */
+	__u32 flows;                /* captured connections alive; written by programs */
 	__u32 flags;
 	__u64 refused;              /* connects refused for the share; written by programs */
 };
@@ -116,21 +128,30 @@ struct service_value {
 };
 _Static_assert(sizeof(struct service_value) == 8, "service_value");
 
+/* pending_value.state */
+#define PENDING_DECIDED 0       /* the connect hook wrote it */
+#define PENDING_COUNTED 1       /* TCP_CONNECT_CB counted it in enrolled_value.flows: close must uncount it */
+#define PENDING_AUTHORIZED 2    /* TCP_CONNECT_CB wrote an authorized entry: close must remove it */
+
 /* pending (sk_storage): what the connect hook decided for this socket. */
 struct pending_value {
 	struct address original;    /* what the application asked for: getpeername shows it */
 	struct address remote;      /* where the socket was sent */
 	struct address endpoint;    /* endpoint chosen by the hook, :: if none */
+	struct address client;      /* local address at TCP_CONNECT_CB */
 	__u64 netns;                /* cookie of the socket's namespace */
 	__u64 generation;           /* of the destination workload when decided */
 	__u32 workload;             /* destination workload, 0 if not known */
+	__u32 source;               /* source workload */
 	__u16 original_port;
 	__u16 remote_port;
 	__u16 endpoint_port;
+	__u16 client_port;          /* local port at TCP_CONNECT_CB, 0 before */
 	__u16 reason;               /* enum reason */
-	__u32 source;               /* source workload */
+	__u16 state;                /* PENDING_* */
+	__u32 pad;
 };
-_Static_assert(sizeof(struct pending_value) == 80, "pending_value");
+_Static_assert(sizeof(struct pending_value) == 104, "pending_value");
 
 /* redirects: two kinds of key in one map. Until accept the key is the client's 4-tuple in its namespace
  * (cookie 0); from PASSIVE_ESTABLISHED on it is the accepted socket's cookie (everything else 0). */
@@ -139,7 +160,7 @@ struct redirect_key {
 	__u64 netns;
 	struct address client;
 	__u16 client_port;
-	__u16 listener_port;
+	__u16 listener_port;        /* PORT_OUTBOUND, or PORT_DNS for DNS over TCP */
 	__u32 pad;
 };
 _Static_assert(sizeof(struct redirect_key) == 40, "redirect_key");
@@ -181,10 +202,12 @@ _Static_assert(sizeof(struct authorized_value) == 24, "authorized_value");
 /* origins: 4-tuple -> the client address shown to the application by getpeername and accept. */
 struct origin_value {
 	struct address client;
+	__u64 created_ns;
+	__u64 accepted;             /* cookie of the application's socket once it exists: the entry dies with it */
 	__u16 client_port;
 	__u8 pad[6];
 };
-_Static_assert(sizeof(struct origin_value) == 24, "origin_value");
+_Static_assert(sizeof(struct origin_value) == 40, "origin_value");
 
 /* listeners (sockhash): pod address and kind -> ztunnel's listening socket; the leaf is a u64. */
 struct listener_key {
@@ -205,9 +228,9 @@ _Static_assert(sizeof(struct range) == 24, "range");
 struct settings_value {
 	__u64 generation;
 	__u64 heartbeat_ns;         /* CLOCK_MONOTONIC of the agent's last sign of life */
-	__u64 exempt_cgroups[8];    /* cgroup ids of ztunnel and agent; 0 unused */
-	__u64 kubelet_cgroups[4];
-	struct range cluster_ranges[8];  /* prefix 0 and base ::: unused */
+	__u64 exempt_cgroups[EXEMPT_CGROUPS_MAX];    /* cgroup ids of ztunnel and agent; 0 unused */
+	__u64 kubelet_cgroups[KUBELET_CGROUPS_MAX];
+	struct range cluster_ranges[CLUSTER_RANGES_MAX];  /* prefix 0 and base ::: unused */
 	__u32 mode;                 /* MODE_* */
 	__u32 complete;             /* 1: the maps hold the whole World */
 	__u32 cluster_ranges_used;
