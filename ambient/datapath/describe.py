@@ -1,0 +1,18 @@
+"""What each kernel map is, in the words the command line prints."""
+
+from __future__ import annotations
+
+from typing import Final
+
+MAP_PURPOSE: Final[dict[str, str]] = {
+    "enrolled": "network namespace -> the workload whose connects are captured, and its share",
+    "workloads": "address -> workload, and how it is reached",
+    "services": "virtual address and port -> service",
+    "pending": "socket -> what the connect hook decided (lives in the socket, not listable)",
+    "redirects": "captured connection -> where its application wanted to go",
+    "authorized": "connection into a pod -> who let it in",
+    "origins": "connection into a pod -> the client address its application is shown",
+    "listeners": "pod address and kind -> ztunnel's listening socket",
+    "counters": "reason -> how often",
+    "settings": "what the agent told the programs",
+}

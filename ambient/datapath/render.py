@@ -1,0 +1,188 @@
+"""Map entries as rows for people and programs: addresses as text, reasons and flags by name, names beside numbers.
+
+Pure: entries and a table of names in, rows out. A number without a name is shown as it is; nothing is hidden.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from ambient.datapath import values as v
+from ambient.datapath.layout import LAYOUT
+from ambient.datapath.values import reason_name
+
+Row = dict[str, Any]
+
+LISTENER_KINDS = {
+    LAYOUT["LISTENER_OUTBOUND"]: "outbound",
+    LAYOUT["LISTENER_INBOUND_PLAINTEXT"]: "plaintext",
+    LAYOUT["LISTENER_HBONE"]: "hbone",
+}
+MODES = {LAYOUT["MODE_CAPTURE"]: "capture", LAYOUT["MODE_BYPASS"]: "bypass"}
+
+
+@dataclass(frozen=True, slots=True)
+class Names:
+    """Names of the node-local numbers, as the agent wrote them, and of addresses."""
+
+    workloads: Mapping[int, str] = field(default_factory=dict)
+    services: Mapping[int, str] = field(default_factory=dict)
+    addresses: Mapping[str, str] = field(default_factory=dict)
+
+    def workload(self, number: int) -> str:
+        return self.workloads.get(number, "")
+
+    def at(self, address: str) -> str:
+        return self.addresses.get(address, "")
+
+
+def flag_names(prefix: str, flags: int) -> tuple[str, ...]:
+    """Names of the set bits of ``PREFIX_*``, lower case; unknown bits as a number."""
+    names = {
+        value: name.removeprefix(prefix).lower()
+        for name, value in LAYOUT.constants.items()
+        if name.startswith(prefix) and value and not value & (value - 1)
+    }
+    known = tuple(names[bit] for bit in sorted(names) if flags & bit)
+    rest = flags & ~sum(names)
+    return (*known, hex(rest)) if rest else known
+
+
+def socket_text(address: str, port: int) -> str:
+    """ADDRESS:PORT, or nothing where there is no address."""
+    if not address:
+        return ""
+    return f"[{address}]:{port}" if ":" in address else f"{address}:{port}"
+
+
+def enrolled(entries: Iterable[tuple[int, v.EnrolledValue]], names: Names) -> list[Row]:
+    return [
+        {
+            "netns_cookie": cookie,
+            "workload": names.workload(e.workload) or e.workload,
+            "address4": e.address4,
+            "address6": e.address6,
+            "flows": e.flows,
+            "flows_max": e.flows_max,
+            "refused": e.refused,
+            "flags": flag_names("ENROLLED_", e.flags),
+        }
+        for cookie, e in sorted(entries)
+    ]
+
+
+def workloads(entries: Iterable[tuple[str, v.WorkloadValue]], names: Names) -> list[Row]:
+    return [
+        {
+            "address": address,
+            "workload": names.workload(e.workload) or e.workload,
+            "flags": flag_names("WORKLOAD_", e.flags),
+            "generation": e.generation,
+        }
+        for address, e in sorted(entries)
+    ]
+
+
+def services(entries: Iterable[tuple[v.ServiceKey, v.ServiceValue]], names: Names) -> list[Row]:
+    rows = [
+        {
+            "vip": key.vip,
+            "port": key.port,
+            "service": names.services.get(e.service, "") or e.service,
+            "flags": flag_names("WORKLOAD_", e.flags),
+        }
+        for key, e in entries
+    ]
+    return sorted(rows, key=lambda row: (str(row["vip"]), int(str(row["port"]))))
+
+
+def redirects(entries: Iterable[tuple[v.RedirectKey, v.RedirectValue]], names: Names, now_ns: int) -> list[Row]:
+    """``state`` is handshake until the connection reached ztunnel's listener, then accepted."""
+    rows = [
+        {
+            "source": names.workload(e.source) or e.source,
+            "client": socket_text(e.client or key.client, e.client_port or key.client_port),
+            "original": socket_text(e.original, e.original_port),
+            "destination": names.at(e.original),
+            "endpoint": socket_text(e.endpoint, e.endpoint_port),
+            "state": "accepted" if key.cookie else "handshake",
+            "cookie": key.cookie,
+            "age_s": round((now_ns - e.created_ns) / 1e9, 1),
+        }
+        for key, e in entries
+    ]
+    return sorted(rows, key=lambda row: float(str(row["age_s"])))
+
+
+def _tuple(key: v.TupleKey, names: Names) -> Row:
+    return {
+        "local": socket_text(key.local, key.local_port),
+        "pod": names.at(key.local),
+        "remote": socket_text(key.remote, key.remote_port),
+    }
+
+
+def authorized(entries: Iterable[tuple[v.TupleKey, v.AuthorizedValue]], names: Names, now_ns: int) -> list[Row]:
+    return [
+        {
+            **_tuple(key, names),
+            "workload": names.workload(e.workload) or e.workload,
+            "reason": reason_name(e.reason),
+            "generation": e.generation,
+            "age_s": round((now_ns - e.created_ns) / 1e9, 1),
+        }
+        for key, e in entries
+    ]
+
+
+def origins(entries: Iterable[tuple[v.TupleKey, v.OriginValue]], names: Names) -> list[Row]:
+    return [
+        {
+            **_tuple(key, names),
+            "client": socket_text(e.client, e.client_port),
+            "client_name": names.at(e.client),
+            "accepted": bool(e.accepted),
+        }
+        for key, e in entries
+    ]
+
+
+def listeners(entries: Iterable[tuple[v.ListenerKey, int]], names: Names) -> list[Row]:
+    rows = [
+        {
+            "pod_address": key.pod,
+            "pod": names.at(key.pod),
+            "kind": LISTENER_KINDS.get(key.kind, str(key.kind)),
+            "socket_cookie": cookie,
+        }
+        for key, cookie in entries
+    ]
+    return sorted(rows, key=lambda row: (str(row["pod_address"]), str(row["kind"])))
+
+
+def counters(counts: Mapping[str, int]) -> list[Row]:
+    return [{"reason": name, "count": count} for name, count in sorted(counts.items()) if count]
+
+
+def settings(value: v.SettingsValue | None, now_ns: int) -> list[Row]:
+    if value is None:
+        return []
+    rows: list[Row] = [
+        {"setting": "mode", "value": MODES.get(value.mode, str(value.mode))},
+        {"setting": "complete", "value": bool(value.complete)},
+        {"setting": "generation", "value": value.generation},
+        {"setting": "heartbeat_age_s", "value": round((now_ns - value.heartbeat_ns) / 1e9, 1)},
+        {"setting": "heartbeat_timeout_s", "value": value.heartbeat_timeout_s},
+        {"setting": "exempt_cgroups", "value": value.exempt_cgroups},
+        {"setting": "kubelet_cgroups", "value": value.kubelet_cgroups},
+        {"setting": "cluster_ranges", "value": tuple(range_text(r) for r in value.cluster_ranges)},
+    ]
+    return rows
+
+
+def range_text(value: v.Range) -> str:
+    """CIDR text; an IPv4 range's prefix counts from the 96 bits in front of it."""
+    v4 = ":" not in value.base and value.prefix >= 96
+    return f"{value.base or '::'}/{value.prefix - 96 if v4 else value.prefix}"
