@@ -1,0 +1,29 @@
+"""How much unpaid work a peer may cause: token buckets for frames that cost us more than the peer.
+
+PING, SETTINGS, empty DATA, RST_STREAM before we answered (rapid reset) and our own RST_STREAM for a peer's
+mistakes each have a bucket. An honest peer never empties one.
+"""
+
+from __future__ import annotations
+
+
+class Bucket:
+    """``burst`` at once, ``rate`` per second on average."""
+
+    __slots__ = ("_at", "_burst", "_rate", "_tokens")
+
+    def __init__(self, burst: float, rate: float) -> None:
+        self._burst = burst
+        self._rate = rate
+        self._tokens = burst
+        self._at: float | None = None
+
+    def take(self, now: float) -> bool:
+        """Whether there was one left. ``now`` in seconds of a clock that never goes back."""
+        if self._at is not None:
+            self._tokens = min(self._burst, self._tokens + (now - self._at) * self._rate)
+        self._at = now
+        if self._tokens < 1:
+            return False
+        self._tokens -= 1
+        return True
