@@ -134,6 +134,12 @@ class World:
                     found.extend(Endpoint(workload, p) for p in ports if p.service_port == service_port)
         return tuple(found)
 
+    def serving(self, service: Service) -> tuple[Workload, ...]:
+        """Every workload behind a service on whatever port, in uid order; unhealthy ones only if it allows them."""
+        found = (self.workloads[uid] for uid in sorted(self._serving.get(service.key, ())))
+        allow_unhealthy = service.load_balancing.allow_unhealthy
+        return tuple(w for w in found if allow_unhealthy or w.status is WorkloadStatus.HEALTHY)
+
     def policies_for(self, workload: Workload) -> tuple[Policy, ...]:
         """Every policy in force at the workload: global, of its namespace, and those it lists by key.
 
