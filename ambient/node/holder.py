@@ -42,6 +42,8 @@ RETURN_S = 2.0
 UPGRADE_S = 30.0
 AGENT_STOP_S = 5.0
 _SPARE_FDS = 64
+_RECEIVE_FLAGS = socket.MSG_CMSG_CLOEXEC | socket.MSG_DONTWAIT
+_ANCILLARY_BYTES = socket.CMSG_SPACE(m.FDS_MAX * 4)
 
 
 def say(text: str) -> None:
@@ -234,12 +236,12 @@ class Holder:
     def _stop(self, now: float) -> bool:
         """End the agent, then ztunnel, which drains. True when all are gone."""
         if self._stop_step is not None:
-            child, deadline = self._stop_step
-            if child.running:
+            stopping, deadline = self._stop_step
+            if stopping.running:
                 if now >= deadline:
-                    say(f"{child.role}, process {child.pid}, does not end: killing it")
-                    child.signal(signal.SIGKILL)
-                    self._stop_step = (child, now + AGENT_STOP_S)
+                    say(f"{stopping.role}, process {stopping.pid}, does not end: killing it")
+                    stopping.signal(signal.SIGKILL)
+                    self._stop_step = (stopping, now + AGENT_STOP_S)
                 return False
             self._stop_step = None
         self._starts.clear()
@@ -350,15 +352,14 @@ class Holder:
 
     def _readable(self, client: Client) -> None:
         try:
-            raw, fds, flags, _ = socket.recv_fds(
-                client.sock, m.MESSAGE_BYTES_MAX, m.FDS_MAX, socket.MSG_CMSG_CLOEXEC | socket.MSG_DONTWAIT
-            )
+            # not socket.recv_fds, which drops its flags: a started child would inherit every listener
+            raw, ancillary, flags, _ = client.sock.recvmsg(m.MESSAGE_BYTES_MAX, _ANCILLARY_BYTES, _RECEIVE_FLAGS)
         except BlockingIOError:
             return
         except OSError as error:
             self._drop(client, str(error))
             return
-        descriptors = tuple(Descriptor(fd) for fd in fds)
+        descriptors = tuple(Descriptor(fd) for fd in _descriptors(ancillary))
         if not raw:
             self._drop(client)
         elif flags & (socket.MSG_TRUNC | socket.MSG_CTRUNC):
@@ -561,6 +562,14 @@ class Holder:
 
 _DECODER: msgspec.msgpack.Decoder[Any] = msgspec.msgpack.Decoder(m.Message)
 _ENCODER = msgspec.msgpack.Encoder()
+
+
+def _descriptors(ancillary: list[tuple[int, int, bytes]]) -> list[int]:
+    found: list[int] = []
+    for level, kind, data in ancillary:
+        if level == socket.SOL_SOCKET and kind == socket.SCM_RIGHTS:
+            found.extend(struct.unpack(f"{len(data) // 4}i", data[: len(data) // 4 * 4]))
+    return found
 
 
 def _chunks(uids: list[str], size: int) -> list[tuple[str, ...]]:

@@ -76,7 +76,10 @@ def test_del_succeeds_with_a_broken_configuration() -> None:
 def test_version_lists_what_is_supported_and_keeps_the_lists_version() -> None:
     answer = ask({"cniVersion": "0.4.0"}, CNI_COMMAND="VERSION")
     assert isinstance(answer, cni.Answer) and answer.code == 0
-    assert json.loads(answer.stdout) == {"cniVersion": "0.4.0", "supportedVersions": ["0.3.1", "0.4.0", "1.0.0", "1.1.0"]}
+    assert json.loads(answer.stdout) == {
+        "cniVersion": "0.4.0",
+        "supportedVersions": ["0.3.1", "0.4.0", "1.0.0", "1.1.0"],
+    }
 
 
 def test_a_version_of_tomorrow_is_refused() -> None:
