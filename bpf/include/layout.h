@@ -217,12 +217,12 @@ struct listener_key {
 };
 _Static_assert(sizeof(struct listener_key) == 24, "listener_key");
 
-struct range {
+struct cluster_range {
 	struct address base;
 	__u32 prefix;               /* bits of the 128-bit address: an IPv4 /8 is 104 */
 	__u32 pad;
 };
-_Static_assert(sizeof(struct range) == 24, "range");
+_Static_assert(sizeof(struct cluster_range) == 24, "cluster_range");
 
 /* settings: one entry, key 0. Written by the agent only. */
 struct settings_value {
@@ -230,7 +230,7 @@ struct settings_value {
 	__u64 heartbeat_ns;         /* CLOCK_MONOTONIC of the agent's last sign of life */
 	__u64 exempt_cgroups[EXEMPT_CGROUPS_MAX];    /* cgroup ids of ztunnel and agent; 0 unused */
 	__u64 kubelet_cgroups[KUBELET_CGROUPS_MAX];
-	struct range cluster_ranges[CLUSTER_RANGES_MAX];  /* prefix 0 and base ::: unused */
+	struct cluster_range cluster_ranges[CLUSTER_RANGES_MAX];  /* prefix 0 and base ::: unused */
 	__u32 mode;                 /* MODE_* */
 	__u32 complete;             /* 1: the maps hold the whole World */
 	__u32 cluster_ranges_used;

@@ -1,0 +1,128 @@
+/* connect.c - cgroup/connect4 and connect6 at the pods' cgroup: leave alone, capture, send DNS to the proxy, refuse.
+ *
+ * Fails closed: without room for the socket's record, without the pod's own address or beyond the pod's share the
+ * connect fails with EPERM. The two programs are twins; what differs is the family of sockaddr.
+ */
+
+/* Everything before the address is bound and rewritten. Returns REASON_NONE for what is none of ours. */
+static __always_inline enum reason plan_connect(struct bpf_sock_addr *ctx, struct pending_value *record,
+						struct enrolled_value **pod)
+{
+	struct address source;
+	struct address target = record->original;
+	__u8 stream = ctx->protocol == PROTOCOL_TCP;
+	enum reason reason;
+
+	if (!stream && ctx->protocol != PROTOCOL_UDP)
+		return REASON_NONE;
+	record->netns = bpf_get_netns_cookie(ctx);
+	*pod = enrolled.lookup(&record->netns);
+	if (!*pod)
+		return REASON_NONE;
+	source = sock_source(sockaddr_sock(ctx));
+	record->original = effective_target(&target, &source);
+	record->original_port = sockaddr_port(ctx);
+	reason = outbound(record, *pod, stream);
+	if (reason != REASON_CAPTURED && reason != REASON_NOT_SYNCED && reason != REASON_DNS)
+		return reason;
+	if (stream && reason != REASON_DNS && (*pod)->flows >= (*pod)->flows_max) {
+		__sync_fetch_and_add(&(*pod)->refused, 1);
+		return REASON_SHARE_EXCEEDED;
+	}
+	record->remote = loopback_for(&record->original);
+	record->remote_port = reason == REASON_DNS ? PORT_DNS : PORT_OUTBOUND;
+	record->reason = reason;
+	return reason;
+}
+
+static __always_inline int refused(enum reason reason)
+{
+	return reason == REASON_RECURSION || reason == REASON_SHARE_EXCEEDED;
+}
+
+static __always_inline int captured(enum reason reason)
+{
+	return reason == REASON_CAPTURED || reason == REASON_NOT_SYNCED || reason == REASON_DNS;
+}
+
+/* Only a stream socket nobody bound: a bound one keeps its address, and the kernel binds only once. The pod's address
+ * is then what getsockname shows and what reaches ztunnel's listener on loopback. */
+static __always_inline int wants_bind(struct bpf_sock_addr *ctx, const struct address *address)
+{
+	return ctx->protocol == PROTOCOL_TCP && !address_is_any(address) && !sock_source_port(sockaddr_sock(ctx));
+}
+
+int connect4(struct bpf_sock_addr *ctx)
+{
+	struct pending_value record = {};
+	struct pending_value *kept;
+	struct enrolled_value *pod = 0;
+	struct sockaddr_in local = {};
+	enum reason reason;
+
+	pending.sk_storage_delete(ctx->sk);
+	record.original = sockaddr_target4(ctx);
+	reason = plan_connect(ctx, &record, &pod);
+	if (reason == REASON_NONE)
+		return LET;
+	if (!captured(reason) || !pod) {
+		count(reason);
+		return refused(reason) ? REFUSE : LET;
+	}
+	if (wants_bind(ctx, &pod->address4)) {
+		local.sin_family = FAMILY_INET;
+		local.sin_addr.s_addr = address_word(&pod->address4, 3);
+		if (bpf_bind(ctx, (struct sockaddr *)&local, sizeof(local))) {
+			count(REASON_BIND_FAILED);
+			return REFUSE;
+		}
+	}
+	kept = pending.sk_storage_get(ctx->sk, 0, BPF_SK_STORAGE_GET_F_CREATE);
+	if (!kept) {
+		count(REASON_NO_PENDING);
+		return REFUSE;
+	}
+	*kept = record;
+	sockaddr_set4(ctx, &record.remote, record.remote_port);
+	count(reason);
+	return LET;
+}
+
+int connect6(struct bpf_sock_addr *ctx)
+{
+	struct pending_value record = {};
+	struct pending_value *kept;
+	struct enrolled_value *pod = 0;
+	struct sockaddr_in6 local = {};
+	struct address own;
+	enum reason reason;
+
+	pending.sk_storage_delete(ctx->sk);
+	record.original = sockaddr_target6(ctx);
+	reason = plan_connect(ctx, &record, &pod);
+	if (reason == REASON_NONE)
+		return LET;
+	if (!captured(reason) || !pod) {
+		count(reason);
+		return refused(reason) ? REFUSE : LET;
+	}
+	/* ::ffff:a.b.c.d on an IPv6 socket is IPv4: bound and sent on as such, in its mapped form. */
+	own = address_is4(&record.original) ? pod->address4 : pod->address6;
+	if (wants_bind(ctx, &own)) {
+		local.sin6_family = FAMILY_INET6;
+		__builtin_memcpy(&local.sin6_addr, &own, sizeof(own));
+		if (bpf_bind(ctx, (struct sockaddr *)&local, sizeof(local))) {
+			count(REASON_BIND_FAILED);
+			return REFUSE;
+		}
+	}
+	kept = pending.sk_storage_get(ctx->sk, 0, BPF_SK_STORAGE_GET_F_CREATE);
+	if (!kept) {
+		count(REASON_NO_PENDING);
+		return REFUSE;
+	}
+	*kept = record;
+	sockaddr_set6(ctx, &record.remote, record.remote_port);
+	count(reason);
+	return LET;
+}

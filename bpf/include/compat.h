@@ -1,0 +1,119 @@
+/* compat.h - byte order and context access, each quirk with its reason. No map access, no decisions.
+ *
+ * bcc rewrites pointer dereferences in the main text of a program (it would make `sk->family` a
+ * probe_read, which cgroup programs may not call) but not in headers: so contexts and sockets are read here.
+ */
+#ifndef AMBIENT_COMPAT_H
+#define AMBIENT_COMPAT_H
+
+#include "decide.h"
+
+#define FAMILY_INET 2
+#define FAMILY_INET6 10
+#define PROTOCOL_TCP 6
+#define PROTOCOL_UDP 17
+#define STATE_CLOSE 7 /* TCP_CLOSE */
+
+/* Each word of a context is read by itself: merged into wider reads by the compiler, the verifier refuses them. */
+#define WORD(field) (*(volatile __u32 *)&(field))
+
+/* bpf_sock_addr.user_port: network order in the low 16 bits of a word. */
+static __always_inline __u16 sockaddr_port(struct bpf_sock_addr *ctx)
+{
+	return swap16((__u16)ctx->user_port);
+}
+
+static __always_inline struct address sockaddr_target4(struct bpf_sock_addr *ctx)
+{
+	return address_of4(ctx->user_ip4);
+}
+
+static __always_inline struct address sockaddr_target6(struct bpf_sock_addr *ctx)
+{
+	return address_of6(WORD(ctx->user_ip6[0]), WORD(ctx->user_ip6[1]), WORD(ctx->user_ip6[2]), WORD(ctx->user_ip6[3]));
+}
+
+static __always_inline void sockaddr_set4(struct bpf_sock_addr *ctx, const struct address *target, __u16 port)
+{
+	ctx->user_ip4 = address_word(target, 3);
+	ctx->user_port = swap16(port);
+}
+
+static __always_inline void sockaddr_set6(struct bpf_sock_addr *ctx, const struct address *target, __u16 port)
+{
+	ctx->user_ip6[0] = address_word(target, 0);
+	ctx->user_ip6[1] = address_word(target, 1);
+	ctx->user_ip6[2] = address_word(target, 2);
+	ctx->user_ip6[3] = address_word(target, 3);
+	ctx->user_port = swap16(port);
+}
+
+/* The local address of a socket before or after connect: :: while unbound. */
+static __always_inline struct address sock_source(struct bpf_sock *sk)
+{
+	if (sk->family == FAMILY_INET6)
+		return address_of6(WORD(sk->src_ip6[0]), WORD(sk->src_ip6[1]), WORD(sk->src_ip6[2]), WORD(sk->src_ip6[3]));
+	return address_of4(sk->src_ip4);
+}
+
+/* Host order; 0 while unbound. */
+static __always_inline __u16 sock_source_port(struct bpf_sock *sk)
+{
+	return sk->src_port;
+}
+
+static __always_inline struct bpf_sock *sockaddr_sock(struct bpf_sock_addr *ctx)
+{
+	return ctx->sk;
+}
+
+static __always_inline struct bpf_sock *sockops_sock(struct bpf_sock_ops *ctx)
+{
+	return ctx->sk;
+}
+
+/* bpf_sock_ops: local_port is host order, remote_port network order in the high half of a word. A
+ * dual-stack socket reports mapped addresses in its IPv6 fields. */
+static __always_inline struct address sockops_local(struct bpf_sock_ops *ctx)
+{
+	if (ctx->family == FAMILY_INET6)
+		return address_of6(WORD(ctx->local_ip6[0]), WORD(ctx->local_ip6[1]), WORD(ctx->local_ip6[2]), WORD(ctx->local_ip6[3]));
+	return address_of4(ctx->local_ip4);
+}
+
+static __always_inline struct address sockops_remote(struct bpf_sock_ops *ctx)
+{
+	if (ctx->family == FAMILY_INET6)
+		return address_of6(WORD(ctx->remote_ip6[0]), WORD(ctx->remote_ip6[1]), WORD(ctx->remote_ip6[2]), WORD(ctx->remote_ip6[3]));
+	return address_of4(ctx->remote_ip4);
+}
+
+static __always_inline __u16 sockops_local_port(struct bpf_sock_ops *ctx)
+{
+	return ctx->local_port;
+}
+
+static __always_inline __u16 sockops_remote_port(struct bpf_sock_ops *ctx)
+{
+	return (__u16)swap32(ctx->remote_port);
+}
+
+/* bpf_sk_lookup: local_port is host order; remote_port is network order in a word whose width of access
+ * changed in 5.18: the low half of a 4-byte read holds it in both. */
+static __always_inline struct tuple_key lookup_tuple(struct bpf_sk_lookup *ctx)
+{
+	struct tuple_key key = {};
+
+	if (ctx->family == FAMILY_INET6) {
+		key.local = address_of6(WORD(ctx->local_ip6[0]), WORD(ctx->local_ip6[1]), WORD(ctx->local_ip6[2]), WORD(ctx->local_ip6[3]));
+		key.remote = address_of6(WORD(ctx->remote_ip6[0]), WORD(ctx->remote_ip6[1]), WORD(ctx->remote_ip6[2]), WORD(ctx->remote_ip6[3]));
+	} else {
+		key.local = address_of4(ctx->local_ip4);
+		key.remote = address_of4(ctx->remote_ip4);
+	}
+	key.local_port = ctx->local_port;
+	key.remote_port = swap16((__u16)ctx->remote_port);
+	return key;
+}
+
+#endif

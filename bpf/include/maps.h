@@ -1,0 +1,70 @@
+/* maps.h - the kernel maps. Declared once, pinned by the loader, opened by everybody else.
+ *
+ * Hash maps are not preallocated: a node that carries little holds little. Their limits are in layout.h.
+ */
+#ifndef AMBIENT_MAPS_H
+#define AMBIENT_MAPS_H
+
+#include "layout.h"
+
+/* enrolled: cookie of a pod's network namespace -> its workload, its addresses, its share.
+ * Written by the agent at enrolment (flows and refused: by programs). Read by connect, sendmsg, sock_ops.
+ * An entry dies when the agent un-enrols the pod. 1,024: ten times the pods Kubernetes puts on a node. */
+BPF_F_TABLE("hash", __u64, struct enrolled_value, enrolled, ENROLLED_MAX, BPF_F_NO_PREALLOC);
+
+/* workloads: address -> workload, for every pod of the mesh and of the cluster as far as known.
+ * Written by the agent from its own subscription; local pods only in CNI ADD, DEL and un-enrol. Read by
+ * connect, probe, sk_lookup. An entry dies with the address. 65,536: a cluster of 50,000 pods with both
+ * families for some; beyond that `settings.complete` stays 0 and ztunnel decides. */
+BPF_F_TABLE("hash", struct address, struct workload_value, workloads, WORKLOADS_MAX, BPF_F_NO_PREALLOC);
+
+/* services: VIP and port -> service. Written by the agent, read by connect. Dies with the Service. Sized as
+ * workloads, with the same consequence when full. */
+BPF_F_TABLE("hash", struct service_key, struct service_value, services, SERVICES_MAX, BPF_F_NO_PREALLOC);
+
+/* pending: socket -> what its last connect (or DNS datagram) was turned into. Written by connect, probe,
+ * sendmsg, sock_ops; read by those and by getpeername and recvmsg. Dies with the socket, or at its next
+ * connect. No limit of its own: it is part of the socket. */
+BPF_SK_STORAGE(pending, struct pending_value);
+
+/* redirects: a captured connection -> what the application dialled. Written by sock_ops at TCP_CONNECT_CB under
+ * the client's 4-tuple, moved by it at PASSIVE_ESTABLISHED under the cookie of ztunnel's accepted socket; taken
+ * by ztunnel after accept(). Dies when taken, or with the socket it is filed under. 131,072: entries live for
+ * the milliseconds until ztunnel accepts; while ztunnel restarts they pile up, FLOWS_SHARE_DEFAULT a pod. */
+BPF_F_TABLE("hash", struct redirect_key, struct redirect_value, redirects, REDIRECTS_MAX, BPF_F_NO_PREALLOC);
+
+/* authorized: 4-tuple of a connection into a pod -> who let it in. Written by ztunnel for its own deliveries and
+ * by sock_ops for the kubelet's probes; read by sk_lookup. Dies at PASSIVE_ESTABLISHED of the pod's socket (not
+ * earlier: with SYN cookies the listener is looked up once more) or at the close of the connecting one.
+ * 65,536: connections being set up at one time. */
+BPF_F_TABLE("hash", struct tuple_key, struct authorized_value, authorized, AUTHORIZED_MAX, BPF_F_NO_PREALLOC);
+
+/* origins: 4-tuple of a delivered connection -> the client the application shall see. Written by ztunnel; read by
+ * getpeername (and so by accept). Dies with the application's socket, or with ztunnel's if there never was one.
+ * 65,536: inbound connections alive at one time on the node. */
+BPF_F_TABLE("hash", struct tuple_key, struct origin_value, origins, ORIGINS_MAX, BPF_F_NO_PREALLOC);
+
+/* counters: enum reason -> events since loading, per CPU. Written by programs, read by people and metrics.
+ * Never dies. 64: room for reasons to come without a new layout. */
+BPF_TABLE("percpu_array", __u32, __u64, counters, COUNTERS_MAX);
+
+/* settings: 0 -> what the agent tells the programs. One entry of a hash and not of an array, so that a write
+ * replaces it whole and no program reads half of two. Missing until the agent wrote it: programs then capture. */
+BPF_F_TABLE("hash", __u32, struct settings_value, settings, SETTINGS_MAX, BPF_F_NO_PREALLOC);
+
+/* listeners: pod address and kind -> ztunnel's listening socket. Written by the agent, read by sk_lookup.
+ * The kernel removes a socket when it is closed. 8,192: eight for each enrolled pod there can be.
+ * bcc's BPF_SOCKHASH has a 4-byte leaf, which user space cannot read, and no lookup: hence this table. */
+struct listeners_table_t {
+	struct listener_key key;
+	__u64 leaf;
+	struct bpf_sock *(*lookup)(struct listener_key *);
+	int (*update)(struct listener_key *, __u64 *);
+	int (*delete)(struct listener_key *);
+	u32 max_entries;
+	int flags;
+};
+__attribute__((section("maps/sockhash"))) struct listeners_table_t listeners = {.max_entries = LISTENERS_MAX};
+BPF_ANNOTATE_KV_PAIR(listeners, struct listener_key, __u64);
+
+#endif

@@ -1,0 +1,209 @@
+/* sockops.c - sock_ops at the node's cgroup: gives a connection its entries when its port is known, hands the redirect
+ * record to the socket ztunnel accepts, and removes every entry at the close of the socket it belongs to.
+ *
+ * It cannot refuse anything: what it does not write, ztunnel closes or sk_lookup steers.
+ */
+
+static __always_inline void follow_state(struct bpf_sock_ops *ctx)
+{
+	bpf_sock_ops_cb_flags_set(ctx, ctx->bpf_sock_ops_cb_flags | BPF_SOCK_OPS_STATE_CB_FLAG);
+}
+
+/* The same connection seen from its other end. */
+static __always_inline struct tuple_key other_end(const struct tuple_key *key)
+{
+	struct tuple_key out = {};
+
+	out.local = key->remote;
+	out.remote = key->local;
+	out.local_port = key->remote_port;
+	out.remote_port = key->local_port;
+	return out;
+}
+
+static __always_inline void write_redirect(struct bpf_sock_ops *ctx, struct pending_value *kept, const struct tuple_key *own)
+{
+	struct redirect_key key = {};
+	struct redirect_value value = {};
+	struct enrolled_value *pod = enrolled.lookup(&kept->netns);
+
+	if (!pod)
+		return; /* un-enrolled since connect: ztunnel closes what it has no record of */
+	/* A deferred fast open may get here long after it was admitted. */
+	if (pod->flows >= pod->flows_max) {
+		__sync_fetch_and_add(&pod->refused, 1);
+		count(REASON_SHARE_EXCEEDED);
+		return;
+	}
+	key.netns = kept->netns;
+	key.client = own->local;
+	key.client_port = own->local_port;
+	key.listener_port = own->remote_port;
+	value.original = kept->original;
+	value.original_port = kept->original_port;
+	value.endpoint = kept->endpoint;
+	value.endpoint_port = kept->endpoint_port;
+	value.client = own->local;
+	value.client_port = own->local_port;
+	value.netns = kept->netns;
+	value.source = kept->source;
+	value.created_ns = bpf_ktime_get_ns();
+	if (redirects.update(&key, &value)) {
+		count(REASON_REDIRECTS_FULL);
+		return;
+	}
+	__sync_fetch_and_add(&pod->flows, 1);
+	kept->client = own->local;
+	kept->client_port = own->local_port;
+	kept->state = PENDING_COUNTED;
+	follow_state(ctx);
+}
+
+static __always_inline void write_authorized(struct bpf_sock_ops *ctx, struct pending_value *kept, const struct tuple_key *own)
+{
+	struct tuple_key key = other_end(own);
+	struct authorized_value value = {};
+
+	value.generation = kept->generation;
+	value.workload = kept->workload;
+	value.reason = REASON_PROBE;
+	value.created_ns = bpf_ktime_get_ns();
+	if (authorized.update(&key, &value)) {
+		count(REASON_AUTHORIZED_FULL);
+		return;
+	}
+	kept->client = own->local;
+	kept->client_port = own->local_port;
+	kept->state = PENDING_AUTHORIZED;
+	follow_state(ctx);
+}
+
+/* TCP_CONNECT_CB: the source port exists, the SYN has not left. */
+static __always_inline void connecting(struct bpf_sock_ops *ctx, struct bpf_sock *sk, const struct tuple_key *own)
+{
+	struct tuple_key theirs = other_end(own);
+	struct pending_value *kept = pending.sk_storage_get(sk, 0, 0);
+
+	if (!kept) {
+		/* ztunnel's own delivery: its entries go with the socket, also when ztunnel is killed. */
+		if (authorized.lookup(&theirs))
+			follow_state(ctx);
+		return;
+	}
+	if (kept->remote_port != own->remote_port || !address_equal(&kept->remote, &own->remote)) {
+		count(REASON_TUPLE_MISMATCH);
+		return;
+	}
+	if (kept->reason == REASON_CAPTURED || kept->reason == REASON_NOT_SYNCED)
+		write_redirect(ctx, kept, own);
+	else if (kept->reason == REASON_PROBE)
+		write_authorized(ctx, kept, own);
+}
+
+/* PASSIVE_ESTABLISHED: before accept() can return the socket. */
+static __always_inline void accepting(struct bpf_sock_ops *ctx, const struct tuple_key *own)
+{
+	struct origin_value *origin;
+
+	if (own->local_port == PORT_OUTBOUND && address_is_loopback(&own->local)) {
+		struct redirect_key key = {};
+		struct redirect_value value;
+		struct redirect_value *found;
+
+		key.netns = bpf_get_netns_cookie(ctx);
+		key.client = own->remote;
+		key.client_port = own->remote_port;
+		key.listener_port = own->local_port;
+		found = redirects.lookup(&key);
+		if (!found)
+			return;
+		value = *found;
+		redirects.delete(&key);
+		__builtin_memset(&key, 0, sizeof(key));
+		key.cookie = bpf_get_socket_cookie(ctx);
+		if (redirects.update(&key, &value)) {
+			count(REASON_REDIRECTS_FULL);
+			return;
+		}
+		follow_state(ctx);
+		return;
+	}
+	authorized.delete((struct tuple_key *)own);
+	origin = origins.lookup((struct tuple_key *)own);
+	if (origin) {
+		origin->accepted = bpf_get_socket_cookie(ctx);
+		follow_state(ctx);
+	}
+}
+
+static __always_inline void closing(struct bpf_sock_ops *ctx, struct bpf_sock *sk, struct tuple_key *own)
+{
+	struct tuple_key theirs = other_end(own);
+	struct pending_value *kept = pending.sk_storage_get(sk, 0, 0);
+	struct origin_value *origin;
+	__u64 cookie = bpf_get_socket_cookie(ctx);
+
+	if (kept && kept->state == PENDING_COUNTED) {
+		struct redirect_key key = {};
+		struct enrolled_value *pod = enrolled.lookup(&kept->netns);
+
+		if (pod && pod->flows)
+			__sync_fetch_and_add(&pod->flows, -1);
+		key.netns = kept->netns;
+		key.client = kept->client;
+		key.client_port = kept->client_port;
+		key.listener_port = kept->remote_port;
+		redirects.delete(&key);
+		kept->state = PENDING_DECIDED;
+		return;
+	}
+	if (kept && kept->state == PENDING_AUTHORIZED) {
+		theirs.local = kept->remote;
+		theirs.local_port = kept->remote_port;
+		theirs.remote = kept->client;
+		theirs.remote_port = kept->client_port;
+		authorized.delete(&theirs);
+		kept->state = PENDING_DECIDED;
+		return;
+	}
+	if (own->local_port == PORT_OUTBOUND) {
+		struct redirect_key key = {};
+
+		key.cookie = cookie;
+		redirects.delete(&key);
+		return;
+	}
+	/* The application's end of a delivered connection. The cookie tells it from a later one with the same ports. */
+	origin = origins.lookup(own);
+	if (origin && origin->accepted == cookie)
+		origins.delete(own);
+	/* ztunnel's end: if the application never had one, nothing else will remove the entries. */
+	authorized.delete(&theirs);
+	origin = origins.lookup(&theirs);
+	if (origin && !origin->accepted)
+		origins.delete(&theirs);
+}
+
+int sock_ops(struct bpf_sock_ops *ctx)
+{
+	struct tuple_key own = {};
+	struct bpf_sock *sk = sockops_sock(ctx);
+	__u32 op = ctx->op;
+
+	if (op != BPF_SOCK_OPS_TCP_CONNECT_CB && op != BPF_SOCK_OPS_PASSIVE_ESTABLISHED_CB &&
+	    !(op == BPF_SOCK_OPS_STATE_CB && ctx->args[1] == STATE_CLOSE))
+		return 1;
+	if (!sk)
+		return 1; /* a request, not yet a socket: never at these three */
+	own.local = sockops_local(ctx);
+	own.remote = sockops_remote(ctx);
+	own.local_port = sockops_local_port(ctx);
+	own.remote_port = sockops_remote_port(ctx);
+	if (op == BPF_SOCK_OPS_TCP_CONNECT_CB)
+		connecting(ctx, sk, &own);
+	else if (op == BPF_SOCK_OPS_PASSIVE_ESTABLISHED_CB)
+		accepting(ctx, &own);
+	else
+		closing(ctx, sk, &own);
+	return 1;
+}
