@@ -65,7 +65,7 @@ class Kind(Generic[T]):
         namespace, name = (str(meta.get(key) or "")[:253] for key in ("namespace", "name"))
         rule, _, path = str(error).partition(" - at `$")
         field = path.rstrip("`").lstrip(".") or "document"
-        return ConfigFault(f"{reference(self.name, namespace, name or '?')}: {field}", field, rule)
+        return ConfigFault(f"{reference(self.name, namespace, name or '?')}: {field}", "", rule)
 
 
 def _name_of(raw: bytes | memoryview | msgspec.Raw) -> dict[str, Any]:

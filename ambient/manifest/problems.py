@@ -26,7 +26,8 @@ class Problem:
 def problem_of(fault: ConfigFault) -> Problem:
     """A fault as a problem. Our own faults carry ``object: field`` in ``where``."""
     where, _, field = fault.where.partition(": ")
-    return Problem(where, field, f"{fault.value!r}: {fault.rule}"[:500])
+    said = fault.value not in ("", field)  # a decoder's rule already says what it found
+    return Problem(where, field, (f"{fault.value!r}: {fault.rule}" if said else fault.rule)[:500])
 
 
 def reference(kind: str, namespace: str, name: str) -> str:
