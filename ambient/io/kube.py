@@ -261,10 +261,14 @@ class KubeClient:
         path = kind.path(namespace, name, subresource)
         return kind.decode(await self.request("PATCH", path, query=query, body=body, content_type=_PATCH_TYPES[how]))
 
-    async def delete(self, kind: Kind[T], name: str, namespace: str = "", *, uid: str = "") -> None:
-        """Delete; with ``uid`` only that very object (ApiStatus 409 otherwise)."""
-        body = {"preconditions": {"uid": uid}} if uid else None
-        await self.request("DELETE", kind.path(namespace, name), body=body)
+    async def delete(
+        self, kind: Kind[T], name: str, namespace: str = "", *, uid: str = "", grace_period_s: int | None = None
+    ) -> None:
+        """Delete; with ``uid`` only that very object (ApiStatus 409 otherwise), with ``grace_period_s`` 0 at once."""
+        body: dict[str, Any] = {"preconditions": {"uid": uid}} if uid else {}
+        if grace_period_s is not None:
+            body["gracePeriodSeconds"] = grace_period_s
+        await self.request("DELETE", kind.path(namespace, name), body=body or None)
 
     async def request(
         self,
