@@ -7,6 +7,7 @@ import logging
 import os
 import random
 from collections.abc import Awaitable, Callable
+from typing import Any
 
 import grpc
 import grpc.aio
@@ -20,6 +21,9 @@ from ambient.xds.client import Backoff, Client, describe_node, summarize
 
 METHOD = "/envoy.service.discovery.v3.AggregatedDiscoveryService/DeltaAggregatedResources"
 
+STATUS_TIMEOUT_S = 5.0
+
+_Call = grpc.aio.StreamStreamCall[Any, Any]
 OnChange = Callable[[World, Diff], Awaitable[None]]
 OnState = Callable[[bool, str], None]
 
@@ -69,13 +73,12 @@ async def _run(settings: NodeSettings, client: Client, on_change: OnChange, tell
         )(metadata=bearer(settings))
         try:
             for request in client.connect():
-                await call.write(request)
+                await _send(call, request)
             connected = False
             while True:
                 response = await call.read()
-                if not isinstance(response, discovery_pb2.DeltaDiscoveryResponse):  # EOF
-                    code = await call.code()
-                    raise PeerFault(f"{code.name}: {(await call.details() or '')[:500]}")
+                if not isinstance(response, discovery_pb2.DeltaDiscoveryResponse):
+                    raise await _ended(call)
                 if not connected:
                     connected = True
                     waits.reset()
@@ -88,9 +91,27 @@ async def _run(settings: NodeSettings, client: Client, on_change: OnChange, tell
                 if change.diff or change.first:
                     await _act(on_change, change.world, change.diff)
                 for ack in client.commit(change):
-                    await call.write(ack)
+                    await _send(call, ack)
         finally:
             call.cancel()
+
+
+async def _send(call: _Call, request: discovery_pb2.DeltaDiscoveryRequest) -> None:
+    try:
+        await call.write(request)
+    except (grpc.aio.AioRpcError, asyncio.InvalidStateError):
+        # a write on a stream that the server ended says nothing useful; the stream's status does
+        raise await _ended(call) from None
+
+
+async def _ended(call: _Call) -> PeerFault:
+    """Why the server ended the stream."""
+    try:
+        async with asyncio.timeout(STATUS_TIMEOUT_S):
+            code, details = await call.code(), await call.details()
+    except TimeoutError:
+        return PeerFault("the stream broke and has no status")
+    return PeerFault(f"{code.name}: {(details or '')[:500]}")
 
 
 async def _act(on_change: OnChange, world: World, diff: Diff) -> None:

@@ -220,6 +220,7 @@ class ControlServer:
         finally:
             self._discovery.store.forget(wake.set)
             self._discovery.close(session)
+            asyncio.get_running_loop().call_later(self._settings.acknowledge_timeout_s, self._discovery.bury, session)
             reader.cancel()
 
     async def _create_certificate(

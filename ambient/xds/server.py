@@ -298,7 +298,8 @@ class Session:
         """Whether the client may still have the workload with another protocol than this."""
         subscription = self._subscriptions.get(ADDRESS_TYPE)
         if subscription is None:
-            return not self._subscriptions  # said nothing yet: it may remember anything
+            # said nothing yet, or is about to say more: it may remember anything
+            return not self._subscriptions or AUTHORIZATION_TYPE in self._subscriptions
         if not subscription.wildcard and uid not in subscription.sent and uid not in self._acknowledged:
             return False
         if hbone:
@@ -309,6 +310,10 @@ class Session:
         return any(
             sent.type_url == ADDRESS_TYPE and sent.names.get(uid, False) for sent in self._pending.values()
         ) or any(resource.name == uid and resource.hbone for planned in self._planned for resource in planned.resources)
+
+    @property
+    def follows_addresses(self) -> bool:
+        return ADDRESS_TYPE in self._subscriptions
 
     def state(self) -> ClientState:
         return ClientState(
@@ -351,6 +356,7 @@ class Server:
         self.store = store or Store()
         self.nacks_total = 0
         self._sessions: set[Session] = set()
+        self._departed: set[Session] = set()
         self._listeners: set[Callable[[], None]] = set()
 
     def set_world(self, world: World) -> bool:
@@ -363,16 +369,26 @@ class Server:
     def open(self, node: str) -> Session:
         """A stream begins. ``node`` is what its token proved; empty: what the client says. Raises PeerFault when
         there are too many."""
-        if len(self._sessions) >= CLIENTS_MAX:
+        if len(self._sessions) + len(self._departed) >= CLIENTS_MAX:
             raise PeerFault(f"more than {CLIENTS_MAX} discovery clients")
         session = Session(self.store, node, self._tell)
         self._sessions.add(session)
         return session
 
     def close(self, session: Session) -> None:
-        self._sessions.discard(session)
-        self.nacks_total += session.nack_count
-        self._tell()
+        """The stream is gone. Until `bury`, the client is waited for as if it were still there: it goes on by what
+        it knew, and most come back at once."""
+        if session in self._sessions:
+            self._sessions.discard(session)
+            self._departed.add(session)
+            self.nacks_total += session.nack_count
+            self._tell()
+
+    def bury(self, session: Session) -> None:
+        """The client had its time to come back (`ControlSettings.acknowledge_timeout_s`)."""
+        if session in self._departed:
+            self._departed.discard(session)
+            self._tell()
 
     def connected(self) -> tuple[ClientState, ...]:
         return tuple(sorted((s.state() for s in self._sessions), key=lambda c: (c.node, c.role, c.id)))
@@ -383,7 +399,9 @@ class Server:
         `CONTROL` is among them while the World itself does not say it.
         """
         workload = self.store.world.workloads.get(workload_uid)
-        waiting = {s.node or s.id or "?" for s in self._sessions if s.waiting(workload_uid, hbone)}
+        back = {(s.node, s.role) for s in self._sessions if s.follows_addresses}
+        counted = (*self._sessions, *(s for s in self._departed if (s.node, s.role) not in back))
+        waiting = {s.node or s.id or "?" for s in counted if s.waiting(workload_uid, hbone)}
         if self.store.generation == 0 or (workload is not None and workload.enrolled) != hbone:
             waiting.add(CONTROL)
         return tuple(sorted(waiting))

@@ -75,6 +75,7 @@ class Pair:
 
     def disconnect(self) -> None:
         self.server.close(self.session)
+        self.server.bury(self.session)
 
 
 def server_of(*items: Workload | Service | Policy) -> Server:
@@ -556,7 +557,30 @@ def test_a_stream_that_said_nothing_yet_is_waited_for_and_a_closed_one_is_not() 
     session = server.open("n7")
     assert server.acknowledged("c//Pod/ns/a", False) == ("n7",)
     server.close(session)
+    server.bury(session)
     assert server.acknowledged("c//Pod/ns/a", False) == ()
+
+
+def test_a_client_that_just_left_is_waited_for_until_it_is_back_or_its_time_is_over() -> None:
+    uid = "c//Pod/ns/a"
+    server = server_of(workload("a"))
+    pair = Pair(server)
+    pair.run()
+    server.close(pair.session)
+    assert server.acknowledged(uid, False) == (), "what it acknowledged before holds"
+    server.set_world(world_of(workload("a", hbone=True)))
+    assert server.acknowledged(uid, True) == ("n1",)
+    again = server.open("n1")
+    requests = pair.client.connect()
+    for request in requests:
+        assert server.acknowledged(uid, True) == ("n1",)
+        again.receive(request)
+    assert server.acknowledged(uid, True) == ("n1",), "it is back and has the old form"
+    server.close(again)
+    server.bury(again)
+    assert server.acknowledged(uid, True) == ("n1",), "the first stream is still remembered"
+    server.bury(pair.session)
+    assert server.acknowledged(uid, True) == ()
 
 
 def test_who_listens_is_told_of_every_acknowledgement() -> None:
