@@ -73,10 +73,8 @@ def node_lines(lab: Lab, node: NodePlan) -> Sequence[str]:
         # the node's own connections to pods (probes) show the address that masqueraded ones show
         f"route add {node.pods4} dev {POD_BRIDGE} src {node.address4}",
         f"route add default via {lab.control4}",
-        "link add dns type dummy",
-        "link set dns up",
     ]
-    lines += [f"addr add {address}/{32 if ':' not in address else 128} dev dns" for address in lab.dns_addresses]
+    lines += [f"addr add {address}/{32 if ':' not in address else 128} dev lo" for address in lab.dns_addresses]
     others = [other for other in lab.plans() if other != node]
     lines += [f"route add {other.pods4} via {other.address4}" for other in others]
     lines.append(f"route add unreachable {PODS4}")

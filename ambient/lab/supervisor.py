@@ -195,7 +195,11 @@ def _node(lab: Lab, node: NodePlan) -> dict[str, object]:
     return {
         "metadata": {
             "name": node.name,
-            "labels": {"kubernetes.io/hostname": node.name, "kubernetes.io/os": "linux"},
+            "labels": {
+                "kubernetes.io/hostname": node.name,
+                "kubernetes.io/os": "linux",
+                "topology.kubernetes.io/zone": f"zone{node.index}",
+            },
         },
         "spec": {"podCIDR": node.pods4, "podCIDRs": list(node.pod_cidrs)},
         "status": {

@@ -1,0 +1,210 @@
+"""What `ambient lab` does: start a lab, end it, look at it, enter its pods."""
+
+from __future__ import annotations
+
+import asyncio
+import fcntl
+import json
+import os
+import subprocess
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from ambient.errors import ConfigFault, PlatformFault
+from ambient.io.kube import KubeClient
+from ambient.lab import apply, cgroups, commands, mesh, record, teardown
+from ambient.lab.container import BASE_ENVIRONMENT
+from ambient.lab.process import child_environment, python_module
+from ambient.lab.readiness import wait_ready
+from ambient.lab.topology import RUN, Lab
+
+Say = Callable[[str], None]
+_LOG_LINES = 25
+_START_S = 60.0
+
+
+def up(plan: Lab, files: Sequence[Path], *, mesh: bool, timeout_s: float, say: Say) -> dict[str, str]:
+    """Start a lab and create the files' objects. Returns what is not ready in time, with reasons.
+
+    Raises ConfigFault for a name in use or a bad file (nothing is started then), PlatformFault if the lab cannot
+    start (nothing is left then).
+    """
+    documents = apply.read(files)
+    directory = Path(plan.directory)
+    with _locked():
+        if directory.exists():
+            raise ConfigFault("lab", plan.name, f"is there already: ambient lab down --name {plan.name}")
+        teardown.remove(plan)  # of a crashed lab the directory may be gone and the rest not
+        (directory / "logs").mkdir(parents=True, mode=0o755)
+        images = apply.images(documents)
+        record.write(record.LabRecord(name=plan.name, nodes=plan.nodes, ipv6=plan.ipv6, mesh=mesh, images=images))
+    try:
+        _start_supervisor(plan, say)
+    except BaseException:
+        teardown.remove(plan)
+        raise
+    return asyncio.run(_populate(plan, documents, timeout_s, say))
+
+
+def _start_supervisor(plan: Lab, say: Say) -> None:
+    """Start it and pass on what it says, until it is ready. PlatformFault with the end of its log if it fails."""
+    log_path = Path(plan.directory) / "logs" / "supervisor.log"
+    read_end, write_end = os.pipe()
+    with log_path.open("ab") as log, os.fdopen(read_end, "rb") as progress:
+        process = subprocess.Popen(
+            python_module("ambient.lab.supervisor", plan.name, "--progress", str(write_end)),
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=log,
+            pass_fds=(write_end,),
+            start_new_session=True,
+            cwd="/",
+            env=child_environment(),
+        )
+        os.close(write_end)
+        for line in progress:
+            told = json.loads(line)
+            if told.get("ready"):
+                return
+            if "error" in told:
+                raise PlatformFault(f"the lab cannot start: {told['error']}\n{_tail(log_path)}")
+            say(f"- {told['step']}")
+        code = process.wait(_START_S)
+    raise PlatformFault(f"the lab cannot start: its supervisor ended with {code}\n{_tail(log_path)}")
+
+
+def _tail(path: Path) -> str:
+    return "\n".join(path.read_text(errors="replace").splitlines()[-_LOG_LINES:])
+
+
+async def _populate(plan: Lab, documents: Sequence[apply.Document], timeout_s: float, say: Say) -> dict[str, str]:
+    async with KubeClient.from_settings(str(plan.kubeconfig)) as client:
+        applier = apply.Applier(client)
+        for document in documents:
+            await applier.apply(document)
+        if documents:
+            say(f"- {len(documents)} objects created")
+        return await wait_ready(client, timeout_s, lambda line: say(f"- {line}"))
+
+
+def down(name: str) -> teardown.Removed:
+    """Remove the lab of this name, whatever of it there is."""
+    plan = Lab(name)
+    with _locked():
+        return teardown.remove(plan)
+
+
+@contextmanager
+def _locked() -> Iterator[None]:
+    """One lab is made or removed at a time."""
+    try:
+        os.makedirs(RUN, exist_ok=True)
+        lock = os.open(f"{RUN}/.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    except PermissionError:
+        raise ConfigFault("user", os.geteuid(), "a lab makes namespaces and cgroups: run as root") from None
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(lock)
+
+
+def labs() -> list[dict[str, Any]]:
+    """One row for each lab."""
+    rows: list[dict[str, Any]] = []
+    for name in record.names():
+        try:
+            found = record.read(name)
+        except ConfigFault:
+            rows.append({"name": name, "state": "broken"})
+            continue
+        rows.append(
+            {
+                "name": name,
+                "nodes": found.nodes,
+                "mesh": found.mesh,
+                "state": _state(found),
+                "kubeconfig": str(found.plan().kubeconfig),
+            }
+        )
+    return rows
+
+
+def _state(found: record.LabRecord) -> str:
+    if not record.alive(found):
+        return "crashed" if found.supervisor_pid else "starting"
+    return "ready" if found.ready else "starting"
+
+
+def status(found: record.LabRecord) -> tuple[list[dict[str, Any]], bool]:
+    """Rows of processes and pods, and whether all of the lab's own processes run."""
+    plan = found.plan()
+    state = _state(found)
+    rows: list[dict[str, Any]] = [
+        {"kind": "supervisor", "name": plan.name, "state": state, "pid": found.supervisor_pid or None}
+    ]
+    well = state == "ready"
+    if found.mesh:
+        control = _pids(plan.cgroup / "control")
+        rows.append(_process("control", "control", "", control[0] if control else 0, [plan.control4]))
+        for node in plan.plans():
+            for role in ("holder", "agent", "ztunnel"):
+                pid = _pid_file(mesh.files_of(node).run_dir / f"{role}.pid")
+                rows.append(_process(role, role, node.name, pid, []))
+        well = well and all(row["state"] in ("ready", "running") for row in rows)
+    for node in plan.plans():
+        rows.append({"kind": "node", "name": node.name, "state": "running", "addresses": list(node.addresses)})
+    for pod in record.pods(found):
+        rows.append(
+            {
+                "kind": "pod",
+                "namespace": pod.namespace,
+                "name": pod.name,
+                "node": pod.node,
+                "state": "running",
+                "pid": pod.pid,
+                "addresses": pod.addresses,
+                "uid": pod.uid,
+                "netns": pod.netns,
+                "cgroup": pod.cgroup,
+            }
+        )
+    return rows, well
+
+
+def _process(kind: str, name: str, node: str, pid: int, addresses: Sequence[str]) -> dict[str, Any]:
+    state = "running" if pid else "not running"
+    return {"kind": kind, "name": name, "node": node, "state": state, "pid": pid or None, "addresses": list(addresses)}
+
+
+def _pids(cgroup: Any) -> tuple[int, ...]:
+    return cgroups.processes(cgroups.mount_point() / cgroup)
+
+
+def _pid_file(path: Path) -> int:
+    """The process ID in a file, or 0 if there is none or it does not run."""
+    try:
+        pid = int(path.read_text())
+        os.kill(pid, 0)
+    except (OSError, ValueError):
+        return 0
+    return pid
+
+
+def exec_line(
+    found: record.LabRecord, namespace: str, name: str, container: str, command: Sequence[str]
+) -> tuple[list[str], Mapping[str, str]]:
+    """The command line and environment that run ``command`` in a pod."""
+    pod = record.find_pod(found, namespace, name)
+    cgroup = Path(pod.cgroup)
+    inner = cgroup / container if container else next((p for p in sorted(cgroup.iterdir()) if p.is_dir()), cgroup)
+    if not inner.is_dir():
+        raise ConfigFault(f"pod {namespace}/{pod.name}", container, "no such container runs")
+    directory = os.getcwd() if os.path.isdir(os.getcwd()) else "/"
+    argv = commands.enter_argv(command, cgroup=str(inner), netns=pod.netns, pid=pod.pid, directory=directory)
+    env = dict(BASE_ENVIRONMENT) | {"HOSTNAME": pod.name, "TERM": os.environ.get("TERM", "dumb")}
+    # programs of the user's environment, a virtual one for instance, are wanted inside as well
+    env["PATH"] = os.environ.get("PATH", env["PATH"])
+    return argv, env
