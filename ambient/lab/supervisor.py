@@ -27,7 +27,7 @@ from ambient.lab.apiserver.http import ApiServer, ApiSettings
 from ambient.lab.cluster import Cluster
 from ambient.lab.cni import Chain
 from ambient.lab.container import now_text
-from ambient.lab.controllers import Controllers
+from ambient.lab.controllers.driver import run_controllers
 from ambient.lab.dns_server import DnsServer
 from ambient.lab.kube_proxy import KubeProxy
 from ambient.lab.kubelet import Kubelet
@@ -124,7 +124,7 @@ class Supervisor:
 
     async def _start(self, group: asyncio.TaskGroup, api: ApiServer, client: KubeClient) -> None:
         lab = self._lab
-        group.create_task(Controllers(api.store).run(), name="controllers")
+        group.create_task(run_controllers(api.store), name="controllers")
         await self._create_objects(client)
         cluster = Cluster(client)
         group.create_task(cluster.run(), name="cluster")
