@@ -46,7 +46,7 @@ def underlay_lines(lab: Lab) -> Sequence[str]:
     """`ip` commands for the underlay's namespace; they make the nodes' links, too."""
     lines = [
         "link set lo up",
-        f"link add {UNDERLAY_BRIDGE} type bridge",
+        f"link add {UNDERLAY_BRIDGE} address {_mac(lab.control4)} type bridge",
         f"link set {UNDERLAY_BRIDGE} up",
         f"addr add {lab.control4}/24 dev {UNDERLAY_BRIDGE}",
     ]
@@ -67,7 +67,7 @@ def node_lines(lab: Lab, node: NodePlan) -> Sequence[str]:
         "link set lo up",
         f"link set {NODE_LINK} up",
         f"addr add {node.address4}/24 dev {NODE_LINK}",
-        f"link add {POD_BRIDGE} type bridge",
+        f"link add {POD_BRIDGE} address {_mac(node.gateway4)} type bridge",
         f"link set {POD_BRIDGE} up",
         f"addr add {node.gateway4}/32 dev {POD_BRIDGE}",
         # the node's own connections to pods (probes) show the address that masqueraded ones show
@@ -88,6 +88,12 @@ def node_lines(lab: Lab, node: NodePlan) -> Sequence[str]:
         lines += [f"route add {other.pods6} via {other.address6}" for other in others]
         lines.append(f"route add unreachable {PODS6}")
     return lines
+
+
+def _mac(address4: str) -> str:
+    """A fixed address for a bridge: one that is left to itself takes the lowest of its ports', so a new pod could
+    change it, and the other pods would send to the old one until their neighbour entries time out."""
+    return ":".join(["0a", "58", *(f"{int(part):02x}" for part in address4.split("."))])
 
 
 def remove(lab: Lab) -> int:

@@ -12,6 +12,7 @@ import signal
 import socket
 import sys
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from socketserver import TCPServer
 from urllib.parse import parse_qs, urlsplit
 
 PORT = int(os.environ.get("PORT", "8080"))
@@ -30,7 +31,8 @@ class Server(ThreadingHTTPServer):
     def server_bind(self):
         if self.address_family == socket.AF_INET6:  # one socket for both families
             self.socket.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0)
-        super().server_bind()
+        TCPServer.server_bind(self)  # HTTPServer's asks DNS for our name, which nobody needs
+        self.server_name, self.server_port = socket.gethostname(), self.server_address[1]
 
 
 class Call:
