@@ -73,16 +73,9 @@ class Driver:
         return {p["metadata"].get("labels", {}).get("app", p["metadata"]["name"]): p for p in items}
 
     def exec(self, namespace: str, pod: str, *command: str, check: bool = True, timeout_s: float = 30.0) -> str:
-        """Run a program in a pod (name, or the value of its ``app`` label)."""
-        name = self._pod_name(namespace, pod)
-        words = ["lab", "exec", "--name", self.lab.name, "-n", namespace, name, "--", *command]
+        """Run a program in a pod: its name, or deploy/NAME for one of a Deployment's."""
+        words = ["lab", "exec", "--name", self.lab.name, "-n", namespace, pod, "--", *command]
         return self.ambient(*words, check=check, timeout_s=timeout_s)
-
-    def _pod_name(self, namespace: str, pod: str) -> str:
-        found = self.pods(namespace)
-        if pod in found:
-            return str(found[pod]["metadata"]["name"])
-        return pod
 
     def run(
         self,
