@@ -20,6 +20,7 @@ import yaml
 from aiohttp import web
 
 from ambient.lab.apiserver import access, discovery, patch, schema
+from ambient.lab.apiserver.apply import server_side_apply, track_update
 from ambient.lab.apiserver.certs import Authority, server_context
 from ambient.lab.apiserver.history import History
 from ambient.lab.apiserver.requests import (
@@ -486,11 +487,14 @@ class ApiServer:
             return _respond(self.store.finalize_namespace(target.name), encoding=answer.encoding)
         if target.subresource not in ("", "status"):
             raise method_not_allowed("PUT")
+        live = self.store.get(target.kind, target.namespace, target.name)
+        track = track_update(_manager(request), timestamp(self.store.now), target.kind.custom, lambda _: obj)
+        obj["metadata"] = {} if obj.get("metadata") is None else obj["metadata"]
         stored = self.store.replace(
             target.kind,
             target.namespace,
             target.name,
-            obj,
+            track(live),
             subresource=target.subresource,
             dry_run=dry_run(request.query),
         )
@@ -498,7 +502,11 @@ class ApiServer:
 
     async def _patch(self, request: web.Request, target: Target, answer: Answer) -> web.Response:
         body, media = await request.read(), request.content_type
-        change = self._patcher(body, media, target)
+        if media == "application/apply-patch+yaml" and not target.subresource.startswith("scale"):
+            return self._apply(request, target, answer, decode_object(body, media, target))
+        change = track_update(
+            _manager(request), timestamp(self.store.now), target.kind.custom, self._patcher(body, media, target)
+        )
         if target.subresource == "scale":
             return self._set_scale(request, target, answer, change)
         if target.subresource not in ("", "status"):
@@ -519,6 +527,39 @@ class ApiServer:
             dry_run=dry_run(request.query),
         )
         return self._one(request, target, answer, stored)
+
+    def _apply(self, request: web.Request, target: Target, answer: Answer, config: JsonObject) -> web.Response:
+        manager = request.query.get("fieldManager", "")
+        if not manager:
+            raise bad_request("fieldManager is required for apply patch")
+        if target.subresource not in ("", "status"):
+            raise method_not_allowed("PATCH")
+        kind, dry = target.kind, dry_run(request.query)
+        if target.subresource == "" and kind.has_status() and kind is not schema.NODE:
+            config.pop("status", None)
+        live = self.store.find(kind, target.namespace, target.name)
+
+        def applied(obj: JsonObject | None) -> JsonObject:
+            return server_side_apply(
+                None if obj is None else _served(obj, target),
+                config,
+                manager=manager,
+                force=flag(request.query, "force"),
+                custom=kind.custom,
+                now=timestamp(self.store.now),
+            )
+
+        if live is not None:
+            stored = self.store.modify(
+                kind, target.namespace, target.name, applied, subresource=target.subresource, dry_run=dry
+            )
+            return self._one(request, target, answer, stored)
+        if target.subresource:
+            self.store.get(kind, target.namespace, target.name)
+        made = applied(None)
+        if made["metadata"].setdefault("name", target.name) != target.name:
+            raise bad_request(f"metadata.name: must be the name in the path ({target.name})")
+        return self._one(request, target, answer, self.store.create(kind, target.namespace, made, dry_run=dry), 201)
 
     @staticmethod
     def _patcher(body: bytes, media: str, target: Target) -> Callable[[JsonObject], JsonObject]:
@@ -610,6 +651,11 @@ def _verb(request: web.Request, target: Target) -> str:
         case "DELETE":
             return "delete" if target.name else "deletecollection"
     raise method_not_allowed(method)
+
+
+def _manager(request: web.Request) -> str:
+    """The field manager of a write that names none: the client's program name, as in Kubernetes."""
+    return request.query.get("fieldManager") or request.headers.get("User-Agent", "").partition("/")[0] or "unknown"
 
 
 def _served(obj: JsonObject, target: Target) -> JsonObject:

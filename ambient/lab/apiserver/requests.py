@@ -10,6 +10,7 @@ from urllib.parse import unquote
 import msgspec
 import yaml
 
+from ambient.lab.apiserver.protobuf import MEDIA_TYPE, decode_protobuf
 from ambient.lab.apiserver.schema import Kind, Registry
 from ambient.lab.apiserver.status import (
     ApiError,
@@ -114,6 +115,8 @@ def decode(body: bytes, content_type: str) -> Any:
             value = yaml.load(body, Loader=_Loader)
             msgspec.json.encode(value)  # only what JSON can say
             return value
+        if media == MEDIA_TYPE:
+            return decode_protobuf(body)
         if media in ("", "application/json") or media.endswith("+json"):
             return msgspec.json.decode(body)
     except (msgspec.DecodeError, yaml.YAMLError, UnicodeDecodeError, TypeError, ValueError, RecursionError) as error:
