@@ -1,0 +1,284 @@
+"""The agent of one node: ``python -m ambient.node.agent --config FILE``, started by the holder.
+
+Puts the parts together and keeps them running: programs, holder, API watch, discovery, CNI, status. Nothing
+it does at its end takes anything away: what it set up goes on without it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import logging
+import os
+import random
+import signal
+import sys
+import time
+from collections.abc import Awaitable, Callable, Mapping
+from pathlib import Path
+from typing import Any, Final
+
+from ambient.datapath.layout import LAYOUT
+from ambient.errors import AmbientError, ConfigFault
+from ambient.io.ca_client import await_acknowledged
+from ambient.io.kube import ApiStatus, KubeClient
+from ambient.io.reflector import Reflector
+from ambient.io.xds_client import subscribe
+from ambient.manifest.kinds import NAMESPACE, POD, Changed
+from ambient.manifest.objects import Namespace, Pod
+from ambient.model.world import Diff, World
+from ambient.node import kernel as kernels
+from ambient.node import servers
+from ambient.node.holder_client import HolderClient
+from ambient.node.kernel import Kernel
+from ambient.node.pods import Pods
+from ambient.node.records import Names, Records
+from ambient.settings import NodeSettings, read_settings
+
+BEAT_S: Final = 1.0
+SWEEP_S: Final = 60.0
+RETRY_S: Final = (1.0, 30.0)
+
+log = logging.getLogger(__name__)
+
+
+class KubeApi:
+    """`ambient.node.pods.Api` on a real API server."""
+
+    def __init__(self, client: KubeClient) -> None:
+        self._client = client
+
+    async def pod(self, namespace: str, name: str) -> Pod | None:
+        try:
+            return await self._client.get(POD, name, namespace)
+        except ApiStatus as status:
+            if status.code == 404:
+                return None
+            raise
+
+    async def namespace(self, name: str) -> Namespace | None:
+        try:
+            return await self._client.get(NAMESPACE, name)
+        except ApiStatus as status:
+            if status.code == 404:
+                return None
+            raise
+
+    async def annotate(self, namespace: str, name: str, annotations: Mapping[str, str | None]) -> None:
+        try:
+            await self._client.patch(POD, name, {"metadata": {"annotations": dict(annotations)}}, namespace)
+        except ApiStatus as status:
+            if status.code != 404:
+                raise
+
+
+class Agent:
+    """Construct, then `run` until cancelled."""
+
+    def __init__(self, settings: NodeSettings) -> None:
+        self._settings = settings
+        run_dir = Path(settings.run_dir)
+        run_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
+        self._run_dir = run_dir
+        self._records = Records(run_dir / "agent.json")
+        self._names = Names(run_dir / "names.json")
+        self._client: KubeClient | None = None
+        self._kernel: Kernel | None = None
+        self._world: World | None = None
+        self._operating = asyncio.Event()
+        self._connected, self._connection = False, "not connected yet"
+        self._problems: dict[str, str] = {}
+        for name, problem in (("agent.json", self._records.problem), ("names.json", self._names.problem)):
+            if problem:
+                log.error("%s", problem)
+                self._problems[name] = problem
+        self._pods = Pods(settings, self._records, self, self._acknowledged, lambda: kernels.cgroups_of(settings)[1])
+        self._holder = HolderClient(run_dir / "holder.sock", self._pods.late)
+
+    async def run(self) -> None:
+        servers_up = [await servers.serve_cni(self._run_dir / "cni.sock", self._pods.answer)]
+        status = await servers.serve_status(self._run_dir / "agent.sock", self.status, self.not_ready)
+        try:
+            async with asyncio.TaskGroup() as tasks:
+                tasks.create_task(self._again("api", self._watch))
+                tasks.create_task(self._again("kernel", self._operate))
+        finally:
+            await self._pods.close()
+            for server in servers_up:
+                server.close()
+            await status.cleanup()
+            if self._client is not None:
+                await self._client.close()
+
+    async def _again(self, name: str, part: Callable[[], Awaitable[None]]) -> None:
+        """Run a part for ever; a fault becomes a problem on status and another try."""
+        delay = RETRY_S[0]
+        while True:
+            began = time.monotonic()
+            try:
+                await part()
+            except* (AmbientError, OSError) as group:
+                text = "; ".join(str(e) for e in _leaves(group))
+                self._problems[name] = text
+                log.error("%s: %s", name, text)
+            if time.monotonic() - began > 60:
+                delay = RETRY_S[0]
+            await asyncio.sleep(delay * random.uniform(0.8, 1.2))
+            delay = min(RETRY_S[1], delay * 2)
+
+    # --- API
+
+    async def _watch(self) -> None:
+        if self._client is None:
+            self._client = KubeClient.from_settings(self._settings.kubeconfig)
+        namespaces = Reflector(self._client, NAMESPACE, self._namespace_event)
+        field = f"spec.nodeName={self._settings.node_name}"
+        pods = Reflector(self._client, POD, self._pod_event, field_selector=field)
+        async with asyncio.TaskGroup() as tasks:
+            tasks.create_task(namespaces.run())
+            tasks.create_task(pods.run())
+            await namespaces.synced.wait()
+            await pods.synced.wait()
+            self._problems.pop("api", None)
+            self._pods.api_synced()
+
+    def _namespace_event(self, changed: Changed[Namespace]) -> None:
+        self._pods.namespace_changed(changed.key, changed.new)
+
+    def _pod_event(self, changed: Changed[Pod]) -> None:
+        self._pods.pod_changed(changed.old, changed.new)
+
+    def _api(self) -> KubeApi:
+        if self._client is None:
+            self._client = KubeClient.from_settings(self._settings.kubeconfig)
+        return KubeApi(self._client)
+
+    async def pod(self, namespace: str, name: str) -> Pod | None:
+        return await self._api().pod(namespace, name)
+
+    async def namespace(self, name: str) -> Namespace | None:
+        return await self._api().namespace(name)
+
+    async def annotate(self, namespace: str, name: str, annotations: Mapping[str, str | None]) -> None:
+        await self._api().annotate(namespace, name, annotations)
+
+    async def _acknowledged(self, workload_uid: str, timeout_s: float) -> bool:
+        return await await_acknowledged(self._settings, workload_uid, False, timeout_s)
+
+    # --- kernel, holder, discovery
+
+    async def _operate(self) -> None:
+        """Load what is not loaded, take up what is there, then keep maps and World in step."""
+        if not kernels.loaded(self._settings):
+            log.info("%s", await kernels.load(self._settings))
+        if self._kernel is None:
+            maps = kernels.Maps.open(self._settings.bpffs_dir)
+            try:
+                self._kernel = Kernel(self._settings, self._names, maps)
+            except BaseException:
+                maps.close()
+                raise
+            await self._pods.restore(self._kernel, self._holder, await self._holder.connect())
+        self._problems.pop("kernel", None)
+        self._operating.set()
+        async with asyncio.TaskGroup() as tasks:
+            tasks.create_task(self._holder.run())
+            tasks.create_task(self._beat(self._kernel))
+            tasks.create_task(self._pods.audit())
+            tasks.create_task(subscribe(self._settings, "agent", self._world_changed, on_state=self._state))
+
+    async def _beat(self, kernel: Kernel) -> None:
+        swept = time.monotonic()
+        while True:
+            kernel.beat()
+            if time.monotonic() - swept > SWEEP_S:
+                swept = time.monotonic()
+                if removed := kernel.maps.sweep():
+                    log.info("removed %d entries of connections that were never made", removed)
+            await asyncio.sleep(BEAT_S)
+
+    async def _world_changed(self, world: World, _: Diff) -> None:
+        assert self._kernel is not None
+        self._world = world
+        self._kernel.put_world(world, self._pods.local_pods())
+
+    def _state(self, connected: bool, reason: str) -> None:
+        self._connected, self._connection = connected, reason
+
+    # --- status
+
+    def not_ready(self) -> str:
+        """Why not, or the empty string."""
+        if not self._operating.is_set():
+            return self._problems.get("kernel") or "the kernel programs are being loaded"
+        if not self._pods.synced:
+            return self._problems.get("api") or "the API server has not told of the pods yet"
+        return ""
+
+    def status(self) -> dict[str, Any]:
+        kernel = self._kernel
+        problems = [f"{name}: {text}" for name, text in self._problems.items()]
+        body: dict[str, Any] = {
+            "node": self._settings.node_name,
+            "pid": os.getpid(),
+            "ready": not self.not_ready(),
+            "reason": self.not_ready(),
+            "layout": LAYOUT.version,
+            "control": {"connected": self._connected, "reason": self._connection, "world": self._world is not None},
+            "holder": {"connected": self._holder.connected.is_set()},
+            "api": {"synced": self._pods.synced},
+            "complete": kernel is not None and kernel.complete,
+            "pods": self._pods.status(),
+            "counters": self._pods.counters | {"entries_refused": kernel.refused if kernel else 0},
+            "programs": [],
+            "maps": {},
+            "problems": problems,
+        }
+        if kernel is not None:
+            if kernel.problem:
+                problems.append(kernel.problem)
+            try:
+                body["programs"], body["maps"] = kernel.programs(), kernel.fill()
+                problems += [f"hook {p['hook']} is not attached" for p in body["programs"] if not p["target"]]
+            except AmbientError as error:
+                problems.append(str(error))
+        return body
+
+
+def _leaves(group: BaseExceptionGroup[Any]) -> list[BaseException]:
+    found: list[BaseException] = []
+    for error in group.exceptions:
+        found += _leaves(error) if isinstance(error, BaseExceptionGroup) else [error]
+    return found
+
+
+async def _main(settings: NodeSettings) -> None:
+    task = asyncio.current_task()
+    assert task is not None
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, task.cancel)
+    try:
+        await Agent(settings).run()
+    except asyncio.CancelledError:
+        log.info("ended; what is enrolled stays so")
+
+
+def main(arguments: list[str]) -> int:
+    parser = argparse.ArgumentParser(prog="python -m ambient.node.agent")
+    parser.add_argument("--config", required=True)
+    config = parser.parse_args(arguments).config
+    try:
+        settings = read_settings(NodeSettings, Path(config).read_text(), config)
+    except (OSError, ConfigFault) as error:
+        sys.stderr.write(f"agent: {error}\n")
+        return 1
+    logging.basicConfig(
+        level=settings.log_level.upper(), stream=sys.stderr, format="%(asctime)s agent %(levelname)s %(name)s: %(message)s"
+    )
+    asyncio.run(_main(settings))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

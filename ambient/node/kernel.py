@@ -1,0 +1,268 @@
+"""What the agent has in the kernel: programs by way of the loader, maps, attachments. The one writer of them.
+
+Keeps a mirror of what it wrote to `workloads` and `services` and applies only differences.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+import logging
+import os
+import sys
+import time
+from collections.abc import Callable, Collection, Iterable
+from pathlib import Path
+from typing import Any, Final, TypeVar
+
+from ambient.datapath import entries
+from ambient.datapath.entries import LocalPod
+from ambient.datapath.layout import LAYOUT
+from ambient.datapath.plan import Plan, plan
+from ambient.datapath.values import (
+    EnrolledValue,
+    SettingsValue,
+    WorkloadValue,
+    network_range,
+)
+from ambient.errors import AmbientError, PlatformFault
+from ambient.io import bpf_links, cgroup
+from ambient.io.bpf_maps import Maps, TypedMap
+from ambient.model.world import World
+from ambient.node.records import Names
+from ambient.settings import NodeSettings
+
+LOADER_S: Final = 180.0
+"""Compiling takes seconds; minutes on a busy small machine."""
+_KINDS: Final = (
+    ("outbound", LAYOUT["LISTENER_OUTBOUND"]),
+    ("plaintext", LAYOUT["LISTENER_INBOUND_PLAINTEXT"]),
+    ("hbone", LAYOUT["LISTENER_HBONE"]),
+)
+
+log = logging.getLogger(__name__)
+K = TypeVar("K")
+V = TypeVar("V")
+
+
+async def load(settings: NodeSettings) -> str:
+    """Have the programs compiled, pinned and attached if they are not. Returns what the loader said.
+
+    Raises PlatformFault with the loader's own message.
+    """
+    node, pods = cgroups_of(settings)
+    argv = [sys.executable, "-m", "ambient.io.bpf_load", "--bpffs-dir", settings.bpffs_dir]
+    argv += ["--node-cgroup", str(node), "--pods-cgroup", str(pods)]
+    process = await asyncio.create_subprocess_exec(
+        *argv, stdin=asyncio.subprocess.DEVNULL, stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.STDOUT
+    )
+    try:
+        async with asyncio.timeout(LOADER_S):
+            said, _ = await process.communicate()
+    except TimeoutError:
+        process.kill()
+        await process.wait()
+        raise PlatformFault(f"the loader did not finish in {LOADER_S:g} s") from None
+    text = said.decode(errors="replace").strip()[-4000:]
+    if process.returncode != 0:
+        raise PlatformFault(f"the eBPF programs cannot be loaded: {text}")
+    return text
+
+
+def loaded(settings: NodeSettings) -> bool:
+    """Whether the programs of this layout are attached to the cgroups of these settings, without compiling."""
+    node, pods = (cgroup.cgroup_id(path) for path in cgroups_of(settings))
+    if not (bpf_links.version_dir(settings.bpffs_dir) / "progs" / "sk_lookup").exists():
+        return False
+    try:
+        found = bpf_links.attachments(settings.bpffs_dir)
+    except AmbientError:
+        return False
+    return bool(found) and all(a.target == (node if a.where == bpf_links.NODE else pods) for a in found)
+
+
+def cgroups_of(settings: NodeSettings) -> tuple[Path, Path]:
+    """The node's and the pods' cgroup. Raises PlatformFault naming the setting."""
+    node = Path(settings.node_cgroup) if settings.node_cgroup else cgroup.mount_point()
+    pods = Path(settings.pods_cgroup) if settings.pods_cgroup else cgroup.find_pods_cgroup(node)
+    return node, pods
+
+
+def _settings_value(settings: NodeSettings, mode: int, generation: int) -> SettingsValue:
+    own = cgroup.of_pid(os.getpid())
+    _, pods = cgroups_of(settings)
+    exempt: set[int] = set()
+    for field, path in (("ztunnel_cgroup", settings.ztunnel_cgroup), ("agent_cgroup", settings.agent_cgroup)):
+        # A cgroup is exempt with all below it: one that holds the pods would switch the mesh off.
+        if pods.resolve().is_relative_to(Path(path or own).resolve()):
+            raise PlatformFault(f"{field}: {path or own} holds the pods too ({pods}): name a cgroup beside them")
+        exempt.add(cgroup.cgroup_id(path or own))
+    for path in settings.kubelet_cgroups:
+        if pods.resolve().is_relative_to(Path(path).resolve()):
+            raise PlatformFault(f"kubelet_cgroups: {path} holds the pods too ({pods}): their connections are no probes")
+    return SettingsValue(
+        generation=generation,
+        heartbeat_ns=time.monotonic_ns(),
+        exempt_cgroups=tuple(sorted(exempt)),
+        kubelet_cgroups=tuple(cgroup.cgroup_id(path) for path in settings.kubelet_cgroups),
+        cluster_ranges=tuple(network_range(text) for text in settings.cluster_ranges),
+        mode=mode,
+    )
+
+
+class Kernel:
+    """Open after `load`. ``refused`` counts entries that found no room."""
+
+    def __init__(self, settings: NodeSettings, names: Names, maps: Maps) -> None:
+        self._node = settings.node_name
+        self._bpffs = settings.bpffs_dir
+        self._names = names
+        self.maps = maps
+        self.refused = 0
+        self.complete = False
+        self.problem = ""
+        self._world: World | None = None
+        self._remote: dict[str, WorkloadValue] = {}
+        self._workloads = dict(maps.workloads.items())
+        self._services = dict(maps.services.items())
+        self._failed: set[str] = set()
+        before = maps.settings
+        # An operator's bypass stays; everything unknown is captured until this process has the World.
+        self._settings = _settings_value(
+            settings, before.mode if before else 0, (before.generation if before else 0) + 1
+        )
+        maps.settings = self._settings
+
+    def close(self) -> None:
+        self.maps.close()
+
+    def beat(self) -> None:
+        """A sign of life, and whatever changed of the settings."""
+        self._settings = dataclasses.replace(
+            self._settings, heartbeat_ns=time.monotonic_ns(), complete=int(self.complete)
+        )
+        self.maps.settings = self._settings
+
+    # --- the World and the addresses of this node's pods
+
+    def put_world(self, world: World, pods: Collection[LocalPod]) -> None:
+        """Write a World. `complete` afterwards says whether all of it found room."""
+        self._world = world
+        self._remote = entries.remote_workloads(world, self._node, self._names.workloads)
+        services = entries.services(world, self._names.services)
+        self._failed.clear()
+        self._apply("services", self.maps.services, self._services, plan(self._services, services))
+        self.put_pods(pods)
+        used = {*world.workloads, *(p.workload_uid for p in pods)}
+        self._names.workloads.retain(used)
+        self._names.services.retain(world.services)
+        self._names.save()
+
+    def put_pods(self, pods: Iterable[LocalPod]) -> None:
+        """Write the addresses of this node's pods; all others stay as the World has them."""
+        world = self._world or World()
+        local = entries.local_workloads(world, pods, self._names.workloads)
+        # Before the first World the entries of an earlier agent serve on; only our own addresses are ours to change.
+        if self._world is None:
+            wanted = {a: v for a, v in self._workloads.items() if not v.flags & entries.LOCAL} | local
+        else:
+            wanted = self._remote | local
+        self._failed.discard("workloads")
+        self._apply("workloads", self.maps.workloads, self._workloads, plan(self._workloads, wanted))
+        self._names.save()
+        complete = self._world is not None and not self._failed
+        if complete != self.complete:
+            self.complete = complete
+            self.beat()
+
+    def _apply(self, name: str, table: TypedMap[K, V], mirror: dict[K, V], steps: Plan[K, V]) -> None:
+        for key in steps.deletes:
+            table.delete(key)
+            mirror.pop(key, None)
+        for key, value in steps.puts:
+            try:
+                table[key] = value
+            except (AmbientError, ValueError) as error:
+                self.refused += 1
+                if name not in self._failed:
+                    log.error("map %s: %s; what is not in it goes to ztunnel", name, error)
+                self._failed.add(name)
+                self.problem = f"map {name}: {error}"
+                continue
+            mirror[key] = value
+        if not self._failed:
+            self.problem = ""
+
+    # --- one pod
+
+    def put_listeners(self, addresses: Iterable[str], fds: dict[str, int]) -> None:
+        """Tell sk_lookup the pod's listeners. Raises PlatformFault or BpfFault."""
+        for address in addresses:
+            family = "6" if ":" in address else "4"
+            for name, kind in _KINDS:
+                if name + family in fds:
+                    self.maps.listeners.put(address, kind, fds[name + family])
+                elif name != "outbound":
+                    raise PlatformFault(f"the pod has address {address} but no listener {name}{family}")
+
+    def remove_listeners(self, addresses: Iterable[str]) -> None:
+        for address in addresses:
+            for _, kind in _KINDS:
+                self.maps.listeners.delete(address, kind)
+
+    def put_enrolled(self, cookie: int, addresses: Iterable[str], workload_uid: str) -> None:
+        found = list(addresses)
+        value = EnrolledValue(
+            next((a for a in found if ":" not in a), ""),
+            next((a for a in found if ":" in a), ""),
+            self.number(workload_uid),
+        )
+        self.maps.put_enrolled(cookie, value)
+
+    def remove_enrolled(self, cookie: int) -> None:
+        self.maps.enrolled.delete(cookie)
+
+    def number(self, workload_uid: str) -> int:
+        number = self._names.workloads.of(workload_uid)
+        self._names.save()
+        return number
+
+    def attach(self, netns_fd: int, uid: str) -> None:
+        bpf_links.attach_sk_lookup(self._bpffs, netns_fd, uid)
+
+    def detach(self, uid: str) -> None:
+        bpf_links.detach_sk_lookup(self._bpffs, uid)
+
+    def attached(self) -> dict[str, int]:
+        return bpf_links.attached_pods(self._bpffs)
+
+    def remove_flows(self, addresses: Iterable[str], cookie: int) -> None:
+        """Everything that programs and ztunnel wrote for connections of these addresses or this namespace."""
+        gone = set(addresses)
+        for table in (self.maps.authorized, self.maps.origins):
+            for key in table:
+                if key.local in gone or key.remote in gone:
+                    table.delete(key)
+        if cookie:
+            for redirect, value in self.maps.redirects.items():
+                if value.netns == cookie:
+                    self.maps.redirects.delete(redirect)
+
+    # --- for status
+
+    def fill(self) -> dict[str, dict[str, int]]:
+        """Entries and limit of each map that is small or mirrored here."""
+        counted: dict[str, Callable[[], int]] = {
+            "workloads": lambda: len(self._workloads),
+            "services": lambda: len(self._services),
+            "enrolled": lambda: len(self.maps.enrolled),
+            "listeners": lambda: len(self.maps.listeners),
+            "authorized": lambda: len(self.maps.authorized),
+            "origins": lambda: len(self.maps.origins),
+            "redirects": lambda: len(self.maps.redirects),
+        }
+        return {name: {"entries": count(), "limit": LAYOUT[f"{name.upper()}_MAX"]} for name, count in counted.items()}
+
+    def programs(self) -> list[dict[str, Any]]:
+        return [dataclasses.asdict(a) for a in bpf_links.attachments(self._bpffs)]
+

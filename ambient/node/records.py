@@ -1,0 +1,115 @@
+"""The agent's memory across restarts: agent.json (this node's pods) and names.json (numbers -> names).
+
+Both are rewritten whole and renamed into place, so a reader never sees half a file. What cannot be read is
+set aside and counts as empty: everything in it can be learnt again from the API, the kernel and the holder.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any, TypeVar
+
+import msgspec
+
+from ambient.datapath.numbers import Numbers
+
+T = TypeVar("T")
+
+
+class Record(msgspec.Struct, kw_only=True):
+    """A pod of this node. Remembered from CNI ADD or from its enrolment until DEL."""
+
+    uid: str
+    namespace: str
+    name: str
+    service_account: str = "default"
+    container_id: str = ""
+    ifname: str = ""
+    netns_path: str = ""
+    netns_inode: int = 0
+    addresses: tuple[str, ...] = ()
+    generation: int = 0
+    in_mesh: bool = False
+    """Enrolled, or on the way in or out: there may be listeners, entries and attachments."""
+    gone: bool = False
+    """DEL came; kept until the API says so too, so that its address is not believed to be the pod's."""
+
+
+class _State(msgspec.Struct, kw_only=True):
+    pods: list[Record] = []
+    last_generation: int = 0
+
+
+class _Names(msgspec.Struct, kw_only=True):
+    workloads: dict[str, str] = {}
+    services: dict[str, str] = {}
+    next_workload: int = 1
+    next_service: int = 1
+
+
+def write_atomically(path: Path, value: Any) -> None:
+    aside = path.with_name(f".{path.name}.{os.getpid()}")
+    with open(aside, "wb", opener=lambda p, f: os.open(p, f, 0o600)) as file:
+        file.write(msgspec.json.encode(value))
+    aside.replace(path)
+
+
+def _read(path: Path, kind: type[T]) -> tuple[T, str]:
+    """The content and, if it cannot be used, why not."""
+    try:
+        return msgspec.json.decode(path.read_bytes(), type=kind), ""
+    except FileNotFoundError:
+        return kind(), ""
+    except (msgspec.DecodeError, OSError, UnicodeDecodeError, RecursionError) as error:
+        try:
+            path.replace(path.with_name(path.name + ".unreadable"))
+        except OSError:
+            pass
+        return kind(), f"{path} cannot be read and was set aside: {error}"
+
+
+class Records:
+    """Pods by UID. Change a `Record`, then `save`."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        state, self.problem = _read(path, _State)
+        self.pods = {record.uid: record for record in state.pods}
+        self._last_generation = state.last_generation
+
+    def next_generation(self, now_ns: int) -> int:
+        """Larger than any before, so an address that is used again never has an old one."""
+        self._last_generation = max(self._last_generation + 1, now_ns)
+        return self._last_generation
+
+    def save(self) -> None:
+        write_atomically(self._path, _State(pods=list(self.pods.values()), last_generation=self._last_generation))
+
+
+class Names:
+    """The numbers of workloads and services, written for the command line whenever they changed."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        names, self.problem = _read(path, _Names)
+        self.workloads = Numbers(_inverse(names.workloads), names.next_workload)
+        self.services = Numbers(_inverse(names.services), names.next_service)
+        self._written = (-1, -1)
+
+    def save(self) -> None:
+        versions = (self.workloads.version, self.services.version)
+        if versions == self._written:
+            return
+        content = _Names(
+            workloads={str(number): name for number, name in self.workloads.names().items()},
+            services={str(number): name for number, name in self.services.names().items()},
+            next_workload=self.workloads.next,
+            next_service=self.services.next,
+        )
+        write_atomically(self._path, content)
+        self._written = versions
+
+
+def _inverse(names: dict[str, str]) -> dict[str, int]:
+    return {name: int(number) for number, name in names.items() if number.isascii() and number.isdigit()}
