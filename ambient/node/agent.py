@@ -20,6 +20,8 @@ from typing import Any, Final
 
 from ambient.datapath.layout import LAYOUT
 from ambient.errors import AmbientError, ConfigFault
+from ambient.io import logs
+from ambient.io.bpf_maps import Maps
 from ambient.io.ca_client import await_acknowledged
 from ambient.io.kube import ApiStatus, KubeClient
 from ambient.io.reflector import Reflector
@@ -172,7 +174,7 @@ class Agent:
         if not kernels.loaded(self._settings):
             log.info("%s", await kernels.load(self._settings))
         if self._kernel is None:
-            maps = kernels.Maps.open(self._settings.bpffs_dir)
+            maps = Maps.open(self._settings.bpffs_dir)
             try:
                 self._kernel = Kernel(self._settings, self._names, maps)
             except BaseException:
@@ -273,9 +275,7 @@ def main(arguments: list[str]) -> int:
     except (OSError, ConfigFault) as error:
         sys.stderr.write(f"agent: {error}\n")
         return 1
-    logging.basicConfig(
-        level=settings.log_level.upper(), stream=sys.stderr, format="%(asctime)s agent %(levelname)s %(name)s: %(message)s"
-    )
+    logs.set_up(settings.log_format, settings.log_level)
     asyncio.run(_main(settings))
     return 0
 

@@ -265,4 +265,3 @@ class Kernel:
 
     def programs(self) -> list[dict[str, Any]]:
         return [dataclasses.asdict(a) for a in bpf_links.attachments(self._bpffs)]
-

@@ -37,12 +37,11 @@ async def serve_cni(path: Path, decide: Callable[[cni.Request], Awaitable[cni.An
                 writer.close()
                 await writer.wait_closed()
 
-    return await _listen(path, lambda p: asyncio.start_unix_server(serve, p))
+    server: asyncio.Server = await _listen(path, lambda p: asyncio.start_unix_server(serve, p))
+    return server
 
 
-async def _answer(
-    reader: asyncio.StreamReader, decide: Callable[[cni.Request], Awaitable[cni.Answer]]
-) -> cni.Answer:
+async def _answer(reader: asyncio.StreamReader, decide: Callable[[cni.Request], Awaitable[cni.Answer]]) -> cni.Answer:
     parts: list[bytes] = []
     try:
         async with asyncio.timeout(READ_S):
