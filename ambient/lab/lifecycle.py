@@ -202,7 +202,10 @@ def exec_line(
     inner = cgroup / container if container else next((p for p in sorted(cgroup.iterdir()) if p.is_dir()), cgroup)
     if not inner.is_dir():
         raise ConfigFault(f"pod {namespace}/{pod.name}", container, "no such container runs")
-    directory = os.getcwd() if os.path.isdir(os.getcwd()) else "/"
+    try:
+        directory = os.readlink(f"/proc/{pod.pid}/cwd")  # where the container's own program runs, as in kubectl exec
+    except OSError:
+        directory = "/"
     argv = commands.enter_argv(command, cgroup=str(inner), netns=pod.netns, pid=pod.pid, directory=directory)
     env = dict(BASE_ENVIRONMENT) | {"HOSTNAME": pod.name, "TERM": os.environ.get("TERM", "dumb")}
     # programs of the user's environment, a virtual one for instance, are wanted inside as well

@@ -1,0 +1,50 @@
+"""Ask the admin endpoints of a node's processes, over their unix sockets."""
+
+from __future__ import annotations
+
+import http.client
+import json
+import socket
+from pathlib import Path
+from typing import Any
+
+from ambient.errors import PlatformFault
+
+TIMEOUT_S = 10.0
+
+
+class _UnixConnection(http.client.HTTPConnection):
+    """HTTP over a unix socket."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__("localhost", timeout=TIMEOUT_S)
+        self._path = path
+
+    def connect(self) -> None:
+        self.sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        self.sock.settimeout(TIMEOUT_S)
+        self.sock.connect(str(self._path))
+
+
+def ask(path: Path, target: str, method: str = "GET") -> str:
+    """The text of an answer with status 200. PlatformFault names the socket and what to look at otherwise."""
+    connection = _UnixConnection(path)
+    try:
+        connection.request(method, target)
+        response = connection.getresponse()
+        body = response.read().decode(errors="replace")
+    except (OSError, http.client.HTTPException) as error:
+        raise PlatformFault(f"{path}: {error}: is the node running? (run as root; `ambient lab status`)") from None
+    finally:
+        connection.close()
+    if response.status != 200:
+        raise PlatformFault(f"{path}: {method} {target}: {response.status} {body.strip()[:500]}")
+    return body
+
+
+def ask_json(path: Path, target: str) -> Any:
+    """The same, parsed."""
+    try:
+        return json.loads(ask(path, target))
+    except ValueError as error:
+        raise PlatformFault(f"{path}: GET {target}: not JSON: {error}") from None
