@@ -231,9 +231,11 @@ class Table:
         # struct { __u32 map_fd; __u64 key; __u64 value_or_next_key; __u64 flags; }, packed once.
         self._attr = self._element(self._value)
         self._attr_next = self._element(self._next)
+        self._attr_delete = self._element(None)  # the kernel wants what a command does not use to be 0
 
     def _element(self, second: Any) -> Any:
-        packed = struct.pack("=IIQQQ", self.fd, 0, ctypes.addressof(self._key), ctypes.addressof(second), 0)
+        place = 0 if second is None else ctypes.addressof(second)
+        packed = struct.pack("=IIQQQ", self.fd, 0, ctypes.addressof(self._key), place, 0)
         return ctypes.create_string_buffer(packed, len(packed))
 
     def close(self) -> None:
@@ -279,7 +281,7 @@ class Table:
     def delete(self, key: bytes) -> bool:
         """Whether there was such an entry."""
         self._set_key(key)
-        result = call(MAP_DELETE_ELEM, self._attr, 32)
+        result = call(MAP_DELETE_ELEM, self._attr_delete, 32)
         if result in (0, -errno.ENOENT):
             return result == 0
         raise BpfFault(f"map {self.name}: delete", -result)
