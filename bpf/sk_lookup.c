@@ -1,7 +1,8 @@
 /* sk_lookup.c - in each enrolled pod's network namespace: which listener gets a new connection.
  *
  * The helpers allowed here know no namespace, so everything is keyed by the pod's address. The interface says nothing
- * either: a pod's connection to its own address reports the veth. Fails closed: what cannot be assigned is dropped.
+ * either: a pod's connection to its own address reports the veth. Fails closed: what cannot be assigned is dropped,
+ * which for TCP the kernel answers with a reset.
  */
 
 static __always_inline int give(struct bpf_sk_lookup *ctx, const struct address *pod, __u32 kind, __u32 reason)

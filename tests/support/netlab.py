@@ -40,7 +40,7 @@ def until(condition: Callable[[], bool], what: str, limit_s: float = 5.0) -> Non
         signal.sigtimedwait([], next(pause))
 
 
-def _ip(fd: int, *commands: str) -> None:
+def run_ip(fd: int, *commands: str) -> None:
     """Run ip(8) commands in a namespace."""
     text = "\n".join(commands)
     done = netns.run_in_netns(
@@ -60,7 +60,7 @@ def new_netns() -> int:
 
     netns.run_in_netns(home, make)
     os.close(home)
-    _ip(own[0], "link set lo up")
+    run_ip(own[0], "link set lo up")
     return own[0]
 
 
@@ -115,6 +115,7 @@ class Puppet:
 
     def listen(self, ip: str, port: int = 80) -> int:
         slot = self.tcp(socket.AF_INET6 if ":" in ip else socket.AF_INET)
+        self.call("option", slot, socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         self.call("bind", slot, ip, port)
         self.call("listen", slot, 64)
         return slot
@@ -160,7 +161,7 @@ class Pod:
         self.listeners: dict[str, socket.socket] = {}
         self.puppets: list[Puppet] = []
         own = f"/proc/{os.getpid()}/fd/{self.fd}"
-        _ip(
+        run_ip(
             node.fd,
             f"link add v{number} type veth peer name eth0 netns {own}",
             f"link set v{number} master br0 up",
@@ -173,7 +174,7 @@ class Pod:
                 f"addr add {self.ip6}/64 dev eth0 nodad",
                 f"route add default via fd00:{node.number}::ffff",
             ]
-        _ip(self.fd, *commands)
+        run_ip(self.fd, *commands)
 
     @property
     def addresses(self) -> list[str]:
@@ -255,7 +256,7 @@ class Pod:
         self.leave()
         until(lambda: not cgroup.processes(self.cgroup), f"no process left in {self.cgroup}")
         cgroup.remove(self.cgroup)
-        _ip(self.node.fd, f"link del v{self.number}")
+        run_ip(self.node.fd, f"link del v{self.number}")
         os.close(self.fd)
 
 
@@ -272,7 +273,7 @@ class Node:
         self.ip4 = f"10.{number}.0.254"
         self.ip6 = f"fd00:{number}::ffff"
         self.fd = new_netns()
-        _ip(
+        run_ip(
             self.fd,
             "link add br0 type bridge",
             "link set br0 up",

@@ -1,0 +1,455 @@
+"""What reaches an enrolled pod: authorized connections arrive at the application and show their true client, tunnels
+arrive at ztunnel, everything else is steered to the plaintext listener or dropped."""
+
+from __future__ import annotations
+
+import errno
+import socket
+from pathlib import Path
+
+import pytest
+
+from ambient.datapath.layout import LAYOUT
+from ambient.datapath.values import AuthorizedValue, OriginValue, TupleKey, WorkloadValue
+from ambient.io import bpf_links, cgroup, netns
+from ambient.io.bpf_sys import BpfFault
+from tests.support.netlab import until
+
+pytestmark = [pytest.mark.net, pytest.mark.bpf]
+
+INET, INET6 = socket.AF_INET, socket.AF_INET6
+TCP_DEFER_ACCEPT = 9
+
+
+def deliver(node, pod, *, family=INET, client="10.7.7.7", client_port=4242, port=80, **changes) -> socket.socket:
+    """Connect into the pod as ztunnel does; the socket is connected."""
+    sock = pod.ztunnel_socket(family)
+    local = pod.ip4 if family == INET else pod.ip6
+    remote = sock.getsockname()[:2]
+    arguments = {"workload": pod.workload, "generation": 1, "client": client, "client_port": client_port} | changes
+    node.maps.authorize_delivery(local, port, *remote, **arguments)
+    sock.connect((local, port))
+    return sock
+
+
+@pytest.fixture
+def outside(make_pod):
+    """A pod the mesh does not know."""
+    return make_pod()
+
+
+class TestDelivery:
+    @pytest.mark.parametrize("family", [INET, INET6])
+    def test_the_application_sees_the_true_client(self, node, b, family):
+        app = b.puppet()
+        address = b.ip4 if family == INET else b.ip6
+        client = "10.7.7.7" if family == INET else "fd07::7"
+        listening = app.listen(address)
+        sock = deliver(node, b, family=family, client=client)
+        accepted, peer = app.accept(listening)
+        assert peer == app.peer(accepted) == (client, 4242)
+        assert app.name(accepted) == (address, 80)
+        sock.sendall(b"request")
+        assert app.call("recv", accepted)[2] == "request"
+        assert not node.maps.authorized.items(), "gone once the connection is made"
+        sock.close()
+        assert app.peer(accepted) == (client, 4242), "still, after ztunnel closed its end"
+        app.close(accepted)
+
+    def test_a_dual_stack_listener_sees_an_ipv4_client_in_its_mapped_form(self, node, b):
+        app = b.puppet()
+        listening = app.listen("::")
+        sock = deliver(node, b)
+        accepted, peer = app.accept(listening)
+        assert peer == app.peer(accepted) == ("::ffff:10.7.7.7", 4242)
+        sock.close()
+        app.close(accepted)
+
+    def test_an_ipv6_client_of_an_ipv4_connection_is_not_shown_to_an_ipv4_socket(self, node, b):
+        """There is no way to write it down there: the application sees ztunnel's address."""
+        app = b.puppet()
+        listening = app.listen(b.ip4)
+        sock = deliver(node, b, client="fd07::7")
+        accepted, peer = app.accept(listening)
+        assert peer == app.peer(accepted) == sock.getsockname()
+        sock.close()
+        app.close(accepted)
+
+    def test_without_an_entry_ztunnels_own_connection_is_steered(self, node, b):
+        counted = node.counted()
+        app = b.puppet()
+        app.listen(b.ip4)
+        sock = b.ztunnel_socket()
+        sock.connect((b.ip4, 80))
+        b.listeners["plaintext4"].accept()[0].close()
+        assert counted("steered") == 1
+        assert counted("ztunnel") == 0
+        sock.close()
+
+    @pytest.mark.parametrize("changes", [{"workload": 4711}, {"generation": 2}])
+    def test_an_entry_of_another_workload_or_generation_lets_nobody_in(self, node, b, changes):
+        counted = node.counted()
+        app = b.puppet()
+        app.listen(b.ip4)
+        sock = deliver(node, b, **changes)
+        b.listeners["plaintext4"].accept()[0].close()
+        assert counted("stale_authorized") == 1
+        sock.close()
+
+    def test_generation_0_is_not_compared(self, node, b):
+        app = b.puppet()
+        listening = app.listen(b.ip4)
+        sock = deliver(node, b, generation=0)
+        app.accept(listening)
+        sock.close()
+
+    def test_an_address_given_to_another_workload_lets_no_old_entry_in(self, node, b):
+        app = b.puppet()
+        app.listen(b.ip4)
+        sock = b.ztunnel_socket()
+        key = (b.ip4, 80, *sock.getsockname())
+        node.maps.authorize_delivery(*key, workload=b.workload, generation=1, client="10.7.7.7", client_port=1)
+        flags = node.maps.workloads[b.ip4].flags
+        node.maps.workloads[b.ip4] = WorkloadValue(4711, flags, 2)
+        sock.connect((b.ip4, 80))
+        b.listeners["plaintext4"].accept()[0].close()
+        node.maps.workloads[b.ip4] = WorkloadValue(b.workload, flags, 1)
+        sock.close()
+
+    def test_entries_go_when_nobody_listens(self, node, b):
+        sock = b.ztunnel_socket()
+        node.maps.authorize_delivery(
+            b.ip4, 80, *sock.getsockname(), workload=b.workload, client="10.7.7.7", client_port=1
+        )
+        assert len(node.maps.authorized) == len(node.maps.origins) == 1
+        with pytest.raises(ConnectionRefusedError):
+            sock.connect((b.ip4, 80))
+        assert not node.leftovers(), "removed by the failed connect itself"
+        sock.close()
+
+    def test_entries_can_be_withdrawn_and_withdrawn_again(self, node, b):
+        key = (b.ip4, 80, b.ip4, 40000)
+        node.maps.authorize_delivery(*key, workload=b.workload, client="10.7.7.7", client_port=1)
+        for _ in range(2):
+            node.maps.withdraw_delivery(*key)
+            assert not node.leftovers()
+
+    def test_both_entries_are_written_or_none(self, node, b):
+        key = TupleKey(b.ip4, b.ip4, 80, 40000)
+        value = AuthorizedValue(0, 0, b.workload, LAYOUT["REASON_ZTUNNEL"])
+        filler = [TupleKey(b.ip4, "10.0.0.1", 80, 1)]
+        for index in range(node.maps.authorized.limit):
+            filler.append(TupleKey(b.ip4, f"10.0.{index >> 8 & 255}.{index & 255}", 81, 1 + (index >> 16)))
+            node.maps.authorized[filler[-1]] = value
+        with pytest.raises(BpfFault, match=r"map authorized \(full\): write, limit 65536") as caught:
+            node.maps.authorize_delivery(b.ip4, 80, b.ip4, 40000, workload=1, client="10.7.7.7", client_port=1)
+        assert caught.value.errno in (errno.E2BIG, errno.ENOMEM)
+        assert node.maps.origins.get(key) is None
+        node.maps.authorized.clear()
+
+    def test_a_port_used_again_keeps_the_new_clients_name(self, node, b):
+        app = b.puppet()
+        listening = app.listen(b.ip4)
+        first = deliver(node, b, client_port=1)
+        old, _ = app.accept(listening)
+        local = first.getsockname()
+        first.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\1\0\0\0\0\0\0\0")
+        first.close()  # reset: the application's socket is dead, but not closed
+        with node.member("ztunnel"):
+            second = netns.create_socket(b.fd, INET, socket.SOCK_STREAM)
+        second.settimeout(5)
+        second.bind(local)
+        node.maps.authorize_delivery(b.ip4, 80, *local, workload=b.workload, client="10.8.8.8", client_port=2)
+        second.connect((b.ip4, 80))
+        new, peer = app.accept(listening)
+        app.close(old)
+        assert peer == app.peer(new) == ("10.8.8.8", 2)
+        second.close()
+        app.close(new)
+
+    def test_an_entry_lives_until_the_handshake_ends_also_with_syn_cookies(self, node, b):
+        with netns.in_netns(b.fd):
+            Path("/proc/sys/net/ipv4/tcp_syncookies").write_text("2")  # always
+        app = b.puppet()
+        listening = app.listen(b.ip4)
+        sock = deliver(node, b)
+        accepted, peer = app.accept(listening)
+        assert peer == ("10.7.7.7", 4242)
+        assert not node.maps.authorized.items()
+        sock.close()
+        app.close(accepted)
+
+    def test_an_application_that_defers_accept_sees_the_client_too(self, node, b):
+        app = b.puppet()
+        listening = app.listen(b.ip4)
+        app.call("option", listening, socket.IPPROTO_TCP, TCP_DEFER_ACCEPT, 5)
+        sock = deliver(node, b)
+        sock.sendall(b"data")
+        accepted, peer = app.accept(listening)
+        assert peer == ("10.7.7.7", 4242)
+        sock.close()
+        app.close(accepted)
+
+    def test_entries_go_when_ztunnel_dies_with_the_connection_waiting(self, node, b):
+        app = b.puppet()
+        listening = app.listen(b.ip4)
+        sock = deliver(node, b)
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\1\0\0\0\0\0\0\0")
+        sock.close()
+        app.close(listening)
+        until(lambda: not node.leftovers(), "nobody is left")
+
+    def test_entries_nobody_used_are_swept_later_and_others_are_not(self, node, b):
+        app = b.puppet()
+        listening = app.listen(b.ip4)
+        sock = deliver(node, b)
+        accepted, _ = app.accept(listening)
+        node.maps.authorize_delivery(b.ip4, 80, b.ip4, 40001, workload=1, client="10.7.7.7", client_port=1)
+        assert node.maps.sweep() == 0, "too young"
+        assert node.maps.sweep(older_than_s=0) == 2
+        (left,) = node.maps.origins.keys()
+        assert left.remote_port == sock.getsockname()[1]
+        sock.close()
+        app.close(accepted)
+
+
+class TestSteering:
+    @pytest.mark.parametrize("family", [INET, INET6])
+    def test_plaintext_goes_to_ztunnel_with_the_original_destination(self, node, b, outside, family):
+        app = b.puppet()
+        app.listen(b.ip4 if family == INET else b.ip6)
+        client = outside.puppet()
+        address = b.ip4 if family == INET else b.ip6
+        slot = client.connect(address, 80)
+        listener = b.listeners["plaintext4" if family == INET else "plaintext6"]
+        sock, peer = listener.accept()
+        assert sock.getsockname()[:2] == (address, 80)
+        assert peer[:2] == client.name(slot)
+        sock.close()
+
+    def test_also_to_ports_nobody_listens_on(self, node, b, outside):
+        outside.puppet().connect(b.ip4, 9999)
+        sock, _ = b.listeners["plaintext4"].accept()
+        assert sock.getsockname() == (b.ip4, 9999)
+        sock.close()
+
+    def test_mapped_addresses_are_ipv4(self, node, b, outside):
+        client = outside.puppet()
+        slot = client.tcp(INET6)
+        client.call("connect", slot, f"::ffff:{b.ip4}", 80)
+        b.listeners["plaintext4"].accept()[0].close()
+
+    def test_a_dual_stack_application_is_not_reached_around_it(self, node, b, outside):
+        app = b.puppet()
+        app.listen("::")
+        outside.puppet().connect(b.ip4, 80)
+        b.listeners["plaintext4"].accept()[0].close()
+        outside.puppet().connect(b.ip6, 80)
+        b.listeners["plaintext6"].accept()[0].close()
+
+    def test_one_dual_stack_listener_serves_both_families(self, node, b, outside):
+        with node.member("agent"):
+            both = netns.create_socket(b.fd, INET6, socket.SOCK_STREAM)
+        both.settimeout(5)
+        both.bind(("::", 16006))
+        both.listen(8)
+        for address in b.addresses:
+            node.maps.listeners.put(address, LAYOUT["LISTENER_INBOUND_PLAINTEXT"], both.fileno())
+            client = outside.puppet()
+            client.connect(address, 80)
+            sock, _ = both.accept()
+            assert sock.getsockname()[1] == 80
+            sock.close()
+        both.close()
+
+    def test_a_listener_of_the_wrong_family_drops_and_counts(self, node, b, outside):
+        counted = node.counted()
+        kind = LAYOUT["LISTENER_INBOUND_PLAINTEXT"]
+        node.maps.listeners.put(b.ip6, kind, b.listeners["plaintext4"].fileno())
+        with pytest.raises(ConnectionRefusedError):
+            outside.puppet().connect(b.ip6, 80)
+        assert counted("listener_mismatch") == 1
+
+    @pytest.mark.parametrize("port, name", [(80, "plaintext4"), (15008, "hbone4")])
+    def test_without_its_listener_it_drops_and_counts(self, node, b, outside, port, name):
+        counted = node.counted()
+        app = b.puppet()
+        b.listeners[name].close()
+        app.listen("0.0.0.0", port)  # an application in the listener's place gets nothing
+        with pytest.raises(ConnectionRefusedError):
+            outside.puppet().connect(b.ip4, port)
+        assert counted("no_listener") == 1
+        kind = LAYOUT["LISTENER_HBONE" if name == "hbone4" else "LISTENER_INBOUND_PLAINTEXT"]
+        assert node.maps.listeners.get(b.ip4, kind) is None, "the kernel forgets a closed listener"
+
+    def test_an_application_joining_the_port_group_gets_nothing(self, node, b, outside):
+        """ztunnel's listener never sets SO_REUSEPORT, so nobody can join it; steering ignores groups anyway."""
+        app = b.puppet()
+        slot = app.tcp()
+        app.call("option", slot, socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+        with pytest.raises(OSError) as caught:
+            app.call("bind", slot, "127.0.0.1", 15006)
+        assert caught.value.errno == errno.EADDRINUSE
+
+    @pytest.mark.parametrize("family", [INET, INET6])
+    def test_tunnels_go_to_ztunnels_own_listener(self, node, b, outside, family):
+        counted = node.counted()
+        outside.puppet().connect(b.ip4 if family == INET else b.ip6, 15008)
+        b.listeners["hbone4" if family == INET else "hbone6"].accept()[0].close()
+        assert counted("hbone") == 1
+
+    def test_an_entry_does_not_open_the_tunnels_port_to_anybody_else(self, node, b):
+        sock = deliver(node, b, port=15008)
+        b.listeners["hbone4"].accept()[0].close()
+        sock.close()
+        until(lambda: not node.leftovers(), "the unused entry goes with the socket")
+
+    def test_loopback_within_the_pod_is_left_alone(self, node, b):
+        app = b.puppet()
+        for address in ("127.0.0.1", "::1"):
+            listening = app.listen(address, 80)
+            slot = app.connect(address, 80)
+            assert app.accept(listening)[1] == app.name(slot)
+
+    def test_a_connection_from_the_pod_to_its_own_address_is_steered_too(self, node, b):
+        app = b.puppet()
+        app.listen(b.ip4)
+        node.maps.enrolled.delete(b.cookie)  # so that connect does not capture it first
+        app.connect(b.ip4, 80)
+        b.listeners["plaintext4"].accept()[0].close()
+
+    def test_datagrams_are_left_alone(self, node, b, outside):
+        app, client = b.puppet(), outside.puppet()
+        here, there = app.udp(), client.udp()
+        app.call("bind", here, b.ip4, 5000)
+        client.call("sendto", there, b.ip4, 5000, "ping")
+        assert app.call("recvfrom", here)[2] == "ping"
+
+    def test_after_leaving_the_mesh_the_application_is_reached_directly(self, node, b, outside):
+        app = b.puppet()
+        listening = app.listen(b.ip4)
+        b.leave()
+        client = outside.puppet()
+        slot = client.connect(b.ip4, 80)
+        assert app.accept(listening)[1] == client.name(slot)
+
+    def test_attaching_twice_is_once_and_detaching_twice_is_fine(self, node, b):
+        assert bpf_links.attached_pods(node.bpffs_dir)[b.name] == netns.inode(b.fd)
+        assert bpf_links.attach_sk_lookup(node.bpffs_dir, b.fd, b.name) is False
+        assert bpf_links.detach_sk_lookup(node.bpffs_dir, b.name) is True
+        assert bpf_links.detach_sk_lookup(node.bpffs_dir, b.name) is False
+        assert b.name not in bpf_links.attached_pods(node.bpffs_dir)
+
+    def test_a_pin_of_an_earlier_namespace_is_replaced(self, node, b, outside):
+        assert bpf_links.attach_sk_lookup(node.bpffs_dir, outside.fd, b.name) is True
+        assert bpf_links.attached_pods(node.bpffs_dir)[b.name] == netns.inode(outside.fd)
+
+
+class TestProbes:
+    @pytest.mark.parametrize("family", [INET, INET6])
+    def test_the_kubelet_reaches_the_application(self, node, b, family):
+        counted = node.counted()
+        address = b.ip4 if family == INET else b.ip6
+        app = b.puppet()
+        listening = app.listen(address)
+        kubelet = node.process("kubelet")
+        slot = kubelet.connect(address, 80)
+        assert app.accept(listening)[1] == kubelet.name(slot)
+        assert counted("probe") == 1
+        assert not node.leftovers()
+
+    def test_so_does_a_process_in_a_cgroup_below_the_kubelets(self, node, b):
+        group = cgroup.create(node.cgroup / "kubelet" / "helper")
+        app = b.puppet()
+        listening = app.listen(b.ip4)
+        helper = node.puppet(node.fd, group, node.puppets)
+        helper.connect(b.ip4, 80)
+        app.accept(listening)
+        helper.kill()
+        until(lambda: cgroup.remove(group), "the helper's cgroup is empty")
+
+    def test_a_kubelet_with_a_dual_stack_socket_does_too(self, node, b):
+        app = b.puppet()
+        listening = app.listen(b.ip4)
+        kubelet = node.process("kubelet")
+        slot = kubelet.tcp(INET6)
+        kubelet.call("connect", slot, f"::ffff:{b.ip4}", 80)
+        app.accept(listening)
+
+    def test_any_other_process_at_the_same_address_is_steered(self, node, b):
+        """Masqueraded NodePort traffic has the node's address as well."""
+        app = b.puppet()
+        app.listen(b.ip4)
+        stranger = node.process(".")
+        slot = stranger.connect(b.ip4, 80)
+        sock, peer = b.listeners["plaintext4"].accept()
+        assert peer == stranger.name(slot)
+        assert peer[0] == node.ip4
+        sock.close()
+
+    def test_a_socket_the_kubelet_once_used_is_no_pass_for_others(self, node, b):
+        """Marked for one connect by one process: the next connect starts from nothing."""
+        app = b.puppet()
+        app.listen(b.ip4)
+        kubelet = node.process("kubelet")
+        slot = kubelet.tcp()
+        kubelet.call("connect", slot, b.ip4, 80)
+        kubelet.call("unspec", slot)
+        cgroup.move(kubelet.process.pid, node.cgroup)
+        kubelet.call("connect", slot, b.ip4, 80)
+        b.listeners["plaintext4"].accept()[0].close()
+
+    def test_a_probe_nobody_answers_leaves_no_entry(self, node, b):
+        kubelet = node.process("kubelet")
+        with pytest.raises(ConnectionRefusedError):
+            kubelet.connect(b.ip4, 80)
+        assert not node.leftovers()
+
+    def test_the_kubelet_is_not_marked_towards_pods_outside_the_mesh(self, node, b, outside):
+        counted = node.counted()
+        app = outside.puppet()
+        listening = app.listen(outside.ip4)
+        node.process("kubelet").connect(outside.ip4, 80)
+        app.accept(listening)
+        assert counted("probe") == 0
+        assert not node.leftovers()
+
+    def test_a_pods_own_socket_is_never_a_probe(self, node, a, b):
+        node.reset(kubelet_cgroups=(cgroup.cgroup_id(node.cgroup / "kubepods"),))
+        app = b.puppet()
+        app.listen(b.ip4)
+        a.puppet().connect(b.ip4, 80)
+        sock, cookie = a.ztunnel_accept()
+        assert node.maps.take_redirect(cookie) is not None
+        sock.close()
+        assert not node.maps.authorized.items()
+
+    def test_with_authorized_full_the_probe_is_steered_and_counted(self, node, b, fill_authorized):
+        counted = node.counted()
+        app = b.puppet()
+        app.listen(b.ip4)
+        node.process("kubelet").connect(b.ip4, 80)
+        b.listeners["plaintext4"].accept()[0].close()
+        assert counted("authorized_full") == 1
+
+
+@pytest.fixture
+def fill_authorized(node):
+    value = AuthorizedValue(0, 0, 0, LAYOUT["REASON_ZTUNNEL"])
+    for index in range(node.maps.authorized.limit):
+        node.maps.authorized[TupleKey("192.0.2.1", f"10.0.{index >> 8}.{index & 255}", 81, 1)] = value
+    yield
+    node.maps.authorized.clear()
+
+
+def test_an_entry_of_an_unknown_reason_lets_nobody_in(node, b):
+    app = b.puppet()
+    app.listen(b.ip4)
+    sock = b.ztunnel_socket()
+    key = TupleKey(b.ip4, b.ip4, 80, sock.getsockname()[1])
+    node.maps.authorized[key] = AuthorizedValue(1, 0, b.workload, LAYOUT["REASON_CAPTURED"])
+    node.maps.origins[key] = OriginValue("10.7.7.7", 0, 0, 1)
+    sock.connect((b.ip4, 80))
+    b.listeners["plaintext4"].accept()[0].close()
+    sock.close()
+    node.maps.withdraw_delivery(b.ip4, 80, b.ip4, key.remote_port)
