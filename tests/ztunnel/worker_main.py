@@ -1,0 +1,75 @@
+"""A worker process for tests and benchmarks: the real one, with a kernel that has no eBPF.
+
+usage: python -m tests.ztunnel.worker_main PARENT_FD CONTROL_FD ORIGINAL_IP ORIGINAL_PORT CLIENT_IP [SETTINGS_JSON]
+
+Every captured connection was dialled to ORIGINAL by CLIENT.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from typing import NamedTuple
+
+from ambient.errors import PlatformFault
+from ambient.settings import NodeSettings
+from ztunnel.io.worker import run_worker
+
+
+class Redirect(NamedTuple):
+    original: str
+    original_port: int
+    endpoint: str
+    endpoint_port: int
+    client: str
+    client_port: int
+
+
+class PlainKernel:
+    """Every accepted connection has the same record; deliveries are let through, to port 1 never."""
+
+    def __init__(self, original: str, port: int, client: str) -> None:
+        self._redirect = Redirect(original, port, "", 0, client, 40000)
+
+    def take_redirect(self, cookie: int) -> Redirect | None:
+        return self._redirect if self._redirect.original_port else None
+
+    def authorize_delivery(
+        self,
+        local: str,
+        local_port: int,
+        remote: str,
+        remote_port: int,
+        *,
+        workload: int,
+        generation: int = 0,
+        client: str = "",
+        client_port: int = 0,
+    ) -> None:
+        if local_port == 1:
+            raise PlatformFault("authorized is full")
+
+    def withdraw_delivery(self, local: str, local_port: int, remote: str, remote_port: int) -> None:
+        pass
+
+
+def main() -> int:
+    parent, control, original, port, client, *rest = sys.argv[1:]
+    values = json.loads(rest[0]) if rest else {}
+    settings = NodeSettings(**{"node_name": "test", **values})
+    kernel = PlainKernel(original, int(port), client)
+    profile = os.environ.get("WORKER_PROFILE")
+    if profile:
+        import cProfile
+
+        profiler = cProfile.Profile()
+        try:
+            return profiler.runcall(run_worker, settings, int(parent), int(control), kernel)
+        finally:
+            profiler.dump_stats(f"{profile}.{os.getpid()}")
+    return run_worker(settings, int(parent), int(control), kernel)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

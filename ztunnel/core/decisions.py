@@ -1,0 +1,232 @@
+"""The decisions a worker was given and keeps: routes by destination, verdicts with who relies on them.
+
+Pure bookkeeping. A question is asked once however many wait for it; an answer is kept until it is replaced or
+evicted; a verdict that is relied on is never evicted, because its revocation would then reach nobody. An older
+generation never replaces a newer one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Final, Generic, Protocol, TypeVar
+
+from ztunnel.core.messages import AskRoute, AskVerdict, Route, Verdict
+
+KEPT_MAX: Final = 16384
+WAITING_MAX: Final = 8192
+
+A = TypeVar("A")
+
+
+class Holder(Protocol):
+    """A connection that relies on a verdict."""
+
+    def lost_right(self, verdict: Verdict) -> None:
+        """The verdict says no now: close."""
+
+
+class Waiting(Generic[A]):
+    """Questions that are open, with their deadline and everybody who asked."""
+
+    def __init__(self) -> None:
+        self._open: dict[tuple[object, ...], tuple[float, list[Callable[[A | None], None]]]] = {}
+        self._count = 0
+
+    def join(self, key: tuple[object, ...], deadline: float, callback: Callable[[A | None], None]) -> bool:
+        """Whether the question is new and has to be asked. Beyond the limit the callback gets None at once."""
+        if self._count >= WAITING_MAX:
+            callback(None)
+            return False
+        self._count += 1
+        known = self._open.get(key)
+        if known is not None:
+            known[1].append(callback)
+            return False
+        self._open[key] = (deadline, [callback])
+        return True
+
+    def answer(self, key: tuple[object, ...], answer: A | None) -> None:
+        """Tell everybody who waits for this key."""
+        known = self._open.pop(key, None)
+        if known is not None:
+            self._count -= len(known[1])
+            for callback in known[1]:
+                callback(answer)
+
+    def keys(self) -> list[tuple[object, ...]]:
+        return list(self._open)
+
+    def expire(self, now: float) -> None:
+        """Answer None to whoever waited for too long."""
+        for key in [key for key, (deadline, _) in self._open.items() if deadline <= now]:
+            self.answer(key, None)
+
+    def __len__(self) -> int:
+        return self._count
+
+
+class Decision:
+    """A verdict as it stands, and the connections that rely on it."""
+
+    __slots__ = ("asked_ip", "generation", "holders", "verdict")
+
+    def __init__(self, verdict: Verdict, asked_ip: str) -> None:
+        self.verdict = verdict
+        self.generation = verdict.generation
+        self.asked_ip = asked_ip
+        """A source address to ask again with."""
+        self.holders: dict[Holder, str] = {}
+        """Connection -> its source address."""
+
+
+VerdictKey = tuple[str, str, int, str]
+"""Destination (pod UID), its address, port, identity."""
+
+
+class Decisions:
+    """Routes and verdicts. ``forget`` is told of evicted keys."""
+
+    def __init__(self, kept_max: int = KEPT_MAX) -> None:
+        self._kept_max = kept_max
+        self._routes: dict[tuple[str, str, int], Route] = {}
+        self._verdicts: dict[VerdictKey, dict[str, Decision]] = {}
+        self.forgotten_routes: list[tuple[str, str, int]] = []
+        self.forgotten_verdicts: list[tuple[str, str, int, str, str]] = []
+
+    # --- routes --------------------------------------------------------------------------------------------
+
+    def route(self, key: tuple[str, str, int]) -> Route | None:
+        return self._routes.get(key)
+
+    def put_route(self, route: Route) -> Route:
+        """Keep it, and return what holds now."""
+        key = (route.source, route.ip, route.port)
+        known = self._routes.get(key)
+        if known is not None and known.generation > route.generation:
+            return known
+        if known is None and len(self._routes) >= self._kept_max:
+            oldest = next(iter(self._routes))
+            del self._routes[oldest]
+            self.forgotten_routes.append(oldest)
+        self._routes[key] = route
+        return route
+
+    # --- verdicts ------------------------------------------------------------------------------------------
+
+    def verdict(self, key: VerdictKey, source_ip: str) -> Decision | None:
+        entry = self._verdicts.get(key)
+        if entry is None:
+            return None
+        return entry.get("") or entry.get(source_ip)
+
+    def put_verdict(self, verdict: Verdict, asked_ip: str = "") -> tuple[Decision, list[tuple[Holder, str]]]:
+        """Keep it. Returns the decision that holds now and the connections, with their source addresses, whose
+        verdict is not known any more (it used not to depend on the address and now does): ask for each."""
+        key = (verdict.destination, verdict.destination_ip, verdict.port, verdict.identity)
+        entry = self._verdicts.get(key)
+        if entry is None:
+            if len(self._verdicts) >= self._kept_max:
+                self._evict_verdict()
+            entry = self._verdicts[key] = {}
+        known = entry.get(verdict.source_ip)
+        if known is not None:
+            if known.generation > verdict.generation:
+                return known, []
+            known.verdict = verdict
+            known.generation = verdict.generation
+            self._revoke(known)
+            return known, []
+        decision = Decision(verdict, verdict.source_ip or asked_ip)
+        orphans: list[tuple[Holder, str]] = []
+        if not verdict.source_ip:  # it does not depend on the address any more
+            for old in entry.values():
+                decision.holders.update(old.holders)
+            entry.clear()
+        elif (general := entry.pop("", None)) is not None:
+            for holder, source_ip in general.holders.items():
+                if source_ip == verdict.source_ip:
+                    decision.holders[holder] = source_ip
+                else:
+                    orphans.append((holder, source_ip))
+        entry[verdict.source_ip] = decision
+        self._revoke(decision)
+        return decision, orphans
+
+    @staticmethod
+    def _revoke(decision: Decision) -> None:
+        if not decision.verdict.allow:
+            holders = list(decision.holders)
+            decision.holders.clear()
+            for holder in holders:
+                holder.lost_right(decision.verdict)
+
+    def hold(self, key: VerdictKey, source_ip: str, holder: Holder) -> bool:
+        """``holder`` relies on the verdict from now on, until `release`. False if there is none that allows it."""
+        decision = self.verdict(key, source_ip)
+        if decision is None or not decision.verdict.allow:
+            return False
+        decision.holders[holder] = source_ip
+        return True
+
+    def release(self, key: VerdictKey, source_ip: str, holder: Holder) -> None:
+        decision = self.verdict(key, source_ip)
+        if decision is not None:
+            decision.holders.pop(holder, None)
+
+    def _evict_verdict(self) -> None:
+        """Drop the oldest verdict nobody relies on (among the first few; rather one too many than a long search)."""
+        for index, (key, entry) in enumerate(self._verdicts.items()):
+            if not any(decision.holders for decision in entry.values()):
+                del self._verdicts[key]
+                self.forgotten_verdicts.extend((*key, source_ip) for source_ip in entry)
+                return
+            if index >= 64:
+                return
+
+    # --- both ----------------------------------------------------------------------------------------------
+
+    def start_again(self) -> list[AskRoute | AskVerdict]:
+        """The control process is another one: what is kept stays valid, any generation may replace it, and all
+        of it is asked again."""
+        questions: list[AskRoute | AskVerdict] = []
+        for key, route in self._routes.items():
+            self._routes[key] = _renumbered(route)
+            questions.append(AskRoute(source=key[0], ip=key[1], port=key[2]))
+        for verdict_key, entry in self._verdicts.items():
+            for decision in entry.values():
+                decision.generation = -1
+                destination, destination_ip, port, identity = verdict_key
+                questions.append(
+                    AskVerdict(
+                        destination=destination,
+                        destination_ip=destination_ip,
+                        port=port,
+                        identity=identity,
+                        source_ip=decision.asked_ip,
+                    )
+                )
+        return questions
+
+    def forget_pod(self, uid: str) -> None:
+        """A pod of this node is gone: drop what concerns it."""
+        for route_key in [key for key in self._routes if key[0] == uid]:
+            del self._routes[route_key]
+            self.forgotten_routes.append(route_key)
+        for key in [key for key in self._verdicts if key[0] == uid]:
+            self.forgotten_verdicts.extend((*key, source_ip) for source_ip in self._verdicts.pop(key))
+
+
+def _renumbered(route: Route) -> Route:
+    return Route(
+        source=route.source,
+        ip=route.ip,
+        port=route.port,
+        generation=-1,
+        kind=route.kind,
+        hops=route.hops,
+        service=route.service,
+        identity=route.identity,
+        baggage=route.baggage,
+        reason=route.reason,
+        message=route.message,
+    )

@@ -1,0 +1,289 @@
+"""Connections into a pod: tunnel streams and captured plaintext, judged and delivered.
+
+Delivery is a connection made inside the pod's namespace from (pod address, any port) to the application. The
+kernel is told beforehand that this exact 4-tuple is ours and whose address the application shall see; if it
+cannot be told, nothing is delivered.
+"""
+
+from __future__ import annotations
+
+import errno
+from typing import TYPE_CHECKING
+
+from ambient.errors import AmbientError
+from ztunnel.core import capture, hbone
+from ztunnel.core.decisions import Decision
+from ztunnel.core.frames import Code
+from ztunnel.core.headers import Header
+from ztunnel.core.streams import DISCARD, Stream
+from ztunnel.io import sockets
+from ztunnel.io.ledger import Account
+from ztunnel.io.relay import PlainRelay, StreamRelay
+from ztunnel.io.sockets import Connecting, Socket, address_text
+from ztunnel.io.tls import Credential
+from ztunnel.io.tunnel import ServerTunnel
+
+if TYPE_CHECKING:
+    from ztunnel.io.pods import PodState
+    from ztunnel.io.worker import Worker
+
+HANDSHAKES_MAX = 1024
+TUNNELS_MAX = 8192
+
+
+class Delivery:
+    """One connection into a pod. ``done(error)`` is called once; then ``sock`` is connected or closed."""
+
+    __slots__ = ("_connecting", "_done", "_ip", "_local_port", "_pod", "_port", "_worker", "sock")
+
+    def __init__(self, worker: Worker, pod: PodState, ip: str, port: int, done: _Done) -> None:
+        self._worker = worker
+        self._pod = pod
+        self._ip = ip
+        self._port = port
+        self._local_port = 0
+        self._done = done
+        self._connecting: Connecting | None = None
+        self.sock: Socket | None = None
+
+    def begin(self, client_ip: str, client_port: int) -> None:
+        worker = self._worker
+        try:
+            worker.namespaces.enter(self._pod.netns)
+            self.sock = sockets.stream_socket(self._ip)
+            self.sock.bind((self._ip, 0))
+            self._local_port = self.sock.getsockname()[1]
+            worker.kernel.authorize_delivery(
+                self._ip,
+                self._port,
+                self._ip,
+                self._local_port,
+                workload=self._pod.pod.workload,
+                client=client_ip,
+                client_port=client_port,
+            )
+        except (OSError, AmbientError, ValueError) as error:
+            worker.count("delivery_refused")
+            self._fail(f"delivery to {self._pod.pod.name}: {error}")
+            return
+        self._connecting = Connecting(worker, self.sock, self._connected)
+        self._connecting.begin(self._ip, self._port)
+
+    def _connected(self, error: int) -> None:
+        self._connecting = None
+        if not error:
+            self._done("")
+            return
+        self._withdraw()
+        self._fail(f"connect to {address_text(self._ip, self._port)}: {errno.errorcode.get(error, error)}")
+
+    def _fail(self, error: str) -> None:
+        if self.sock is not None:
+            self.sock.close()
+            self.sock = None
+        self._done(error)
+
+    def _withdraw(self) -> None:
+        try:
+            self._worker.kernel.withdraw_delivery(self._ip, self._port, self._ip, self._local_port)
+        except AmbientError as error:
+            self._worker.log("error", f"withdraw a delivery: {error}")
+
+    def cancel(self) -> None:
+        """The connection is not wanted any more; ``done`` is not called."""
+        if self._connecting is not None:
+            self._connecting.cancel()
+            self._connecting = None
+            self._withdraw()
+            if self.sock is not None:
+                self.sock.close()
+                self.sock = None
+
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    _Done = Callable[[str], None]
+
+
+def accept_tunnel(worker: Worker, pod: PodState, sock: Socket, peer: tuple[str, int]) -> None:
+    """A connection on 15008 of the pod's namespace."""
+    local = sockets.plain_address(sock.getsockname())
+    if worker.handshakes >= HANDSHAKES_MAX or len(worker.tunnels) >= TUNNELS_MAX:
+        worker.count("tunnels_refused")
+        sockets.reset(sock)
+        return
+    if local[0] not in pod.pod.addresses:
+        worker.count("hbone_not_local")
+        sockets.reset(sock)
+        return
+    worker.handshakes += 1
+
+    def with_credential(credential: Credential | None) -> None:
+        if credential is None or pod.gone:
+            worker.handshakes -= 1
+            worker.count("no_certificate")
+            sockets.reset(sock)
+            return
+        tunnel = ServerTunnel(worker, pod, sock, credential, accept_stream)
+        tunnel.local, tunnel.remote = local, peer
+        tunnel.begin()
+
+    worker.link.credential(pod.identity, with_credential)
+
+
+def accept_stream(tunnel: ServerTunnel, stream: Stream, fields: list[Header]) -> None:
+    """A request on a tunnel."""
+    worker, pod = tunnel.worker, tunnel.pod
+    request = hbone.read_connect(fields, tunnel.local[0], worker.authorities)
+    if isinstance(request, hbone.Refused):
+        worker.count(f"answered_{request.status}")
+        worker.log("info", f"{tunnel.peer} -> {pod.pod.name}: {request.status}: {request.reason}")
+        answer(tunnel, stream, request.status)
+        return
+    InboundRelay(worker, tunnel, stream, request).begin()
+
+
+def answer(tunnel: ServerTunnel, stream: Stream, status: int) -> None:
+    """A refusal: the status, the end, and no more of the peer's bytes."""
+    connection = tunnel.connection
+    if connection is None or stream.dead:
+        return
+    connection.respond(stream, hbone.response(status), end_stream=True)
+    stream.owner = DISCARD
+    connection.reset(stream, Code.NO_ERROR)
+    tunnel.schedule()
+
+
+class InboundRelay(StreamRelay):
+    """A stream on its way to an application, and then its relay."""
+
+    __slots__ = ("_client", "_delivery", "_key", "_request", "_source_ip")
+
+    def __init__(self, worker: Worker, tunnel: ServerTunnel, stream: Stream, request: hbone.Connect) -> None:
+        pod = tunnel.pod
+        # The port is only shown to the application; the address is the tunnel's own and never the peer's claim.
+        port = request.client_port if request.client_ip == tunnel.remote[0] else tunnel.remote[1]
+        self._client = (tunnel.remote[0], port)
+        account = Account(
+            "destination",
+            pod.pod.uid,
+            address_text(*self._client),
+            address_text(request.ip, request.port),
+            worker.now(),
+        )
+        account.protocol = "hbone"
+        account.source_identity = str(tunnel.peer)
+        account.destination_identity = pod.identity
+        account.hbone_address = address_text(*tunnel.local)
+        super().__init__(worker, pod, account, outward=False)
+        self._request = request
+        self._source_ip = tunnel.remote[0]
+        self._key = (pod.pod.uid, request.ip, request.port, account.source_identity)
+        self._delivery: Delivery | None = None
+        self.set_stream(tunnel, stream)
+        stream.owner = self
+
+    def begin(self) -> None:
+        self.worker.link.verdict(self._key, self._source_ip, self._judged)
+
+    def _judged(self, decision: Decision | None) -> None:
+        if self.done:
+            return
+        if decision is None:
+            self._answer(hbone.UNAVAILABLE, "failed", "not_synced: the control process did not answer")
+            return
+        verdict = decision.verdict
+        if not verdict.allow:
+            self.worker.count(f"denied_{verdict.reason or 'policy'}")
+            self._answer(hbone.DENIED, "denied", verdict.reason or "policy", policy=verdict.policy, flags="DENY")
+            return
+        self.worker.link.decisions.hold(self._key, self._source_ip, self)
+        self._delivery = Delivery(self.worker, self.pod, self._request.ip, self._request.port, self._delivered)
+        self._delivery.begin(*self._client)
+
+    def _delivered(self, error: str) -> None:
+        delivery, self._delivery = self._delivery, None
+        if error or delivery is None or delivery.sock is None:
+            self._answer(hbone.UNAVAILABLE, "failed", error, flags="CONNECT")
+            return
+        self.set_socket(delivery.sock)
+        if self._connection is not None and self.stream is not None and self.tunnel is not None:
+            self._connection.respond(self.stream, hbone.response(hbone.OK))
+            self.tunnel.schedule()
+        self.start()
+
+    def _answer(self, status: int, event: str, error: str, *, policy: str = "", flags: str = "-") -> None:
+        stream, tunnel = self.stream, self.tunnel
+        if stream is not None and isinstance(tunnel, ServerTunnel):
+            self.worker.count(f"answered_{status}")
+            answer(tunnel, stream, status)
+        self.abort(error, flags=flags, policy=policy, event=event)
+
+    def released(self) -> None:
+        self.worker.link.decisions.release(self._key, self._source_ip, self)
+        if self._delivery is not None:
+            self._delivery.cancel()
+
+
+def accept_plaintext(worker: Worker, pod: PodState, sock: Socket, peer: tuple[str, int]) -> None:
+    """A connection that was steered to 15006 of the pod's namespace."""
+    captured = capture.plaintext(sockets.plain_address(sock.getsockname()), peer, pod.pod.addresses)
+    if isinstance(captured, capture.Closed):
+        worker.count(f"plaintext_{captured.reason}")
+        sockets.reset(sock)
+        return
+    PlaintextRelay(worker, pod, sock, captured).begin()
+
+
+class PlaintextRelay(PlainRelay):
+    """A connection from outside the mesh into a pod."""
+
+    __slots__ = ("_captured", "_delivery", "_key")
+
+    def __init__(self, worker: Worker, pod: PodState, sock: Socket, captured: capture.Captured) -> None:
+        account = Account(
+            "destination",
+            pod.pod.uid,
+            address_text(captured.client_ip, captured.client_port),
+            address_text(captured.ip, captured.port),
+            worker.now(),
+        )
+        account.protocol = "tcp"
+        account.destination_identity = pod.identity
+        super().__init__(worker, pod, account, sock)
+        self._captured = captured
+        self._key = (pod.pod.uid, captured.ip, captured.port, "")
+        self._delivery: Delivery | None = None
+
+    def begin(self) -> None:
+        self.worker.link.verdict(self._key, self._captured.client_ip, self._judged)
+
+    def _judged(self, decision: Decision | None) -> None:
+        if self.done:
+            return
+        if decision is None:
+            self.abort("not_synced: the control process did not answer", event="failed")
+            return
+        verdict = decision.verdict
+        if not verdict.allow:
+            self.worker.count(f"denied_{verdict.reason or 'policy'}")
+            self.abort(verdict.reason or "policy", flags="DENY", policy=verdict.policy, event="denied")
+            return
+        captured = self._captured
+        self.worker.link.decisions.hold(self._key, captured.client_ip, self)
+        self._delivery = Delivery(self.worker, self.pod, captured.ip, captured.port, self._delivered)
+        self._delivery.begin(captured.client_ip, captured.client_port)
+
+    def _delivered(self, error: str) -> None:
+        delivery, self._delivery = self._delivery, None
+        if error or delivery is None or delivery.sock is None:
+            self.abort(error, flags="CONNECT", event="failed")
+            return
+        self.far = delivery.sock
+        self.start()
+
+    def released(self) -> None:
+        self.worker.link.decisions.release(self._key, self._captured.client_ip, self)
+        if self._delivery is not None:
+            self._delivery.cancel()

@@ -1,0 +1,388 @@
+"""One worker process: an event loop, the pods it was given, the tunnels between them and the rest.
+
+It holds no World, no keys on disk and no threads. Descriptors and pods come from the parent over a packet
+socket, decisions and certificates from the control process over a stream; events and counters go back there.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+import resource
+import signal
+import socket
+import sys
+import time
+from typing import Final, Protocol
+
+import uvloop
+
+from ambient.errors import AmbientError, LayoutMismatch, PeerFault
+from ambient.io import seqpacket
+from ambient.io.bpf_maps import Maps
+from ambient.node import messages as node
+from ambient.settings import NodeSettings
+from ztunnel.core.hbone import Authorities, Requests
+from ztunnel.core.messages import Connections, ControlChannel, Events
+from ztunnel.core.output import BufferPool
+from ztunnel.core.pool import Pool
+from ztunnel.io.ledger import Ledger
+from ztunnel.io.link import Link
+from ztunnel.io.pods import PodState
+from ztunnel.io.sockets import Expiring, Namespaces, Socket
+from ztunnel.io.tunnel import ClientTunnel, Tunnel
+
+TICK_S: Final = 1.0
+_SOON_S: Final = 0.05
+_SCRATCH_BYTES: Final = 256 * 1024
+_LEVELS: Final = ("error", "warn", "info", "debug", "trace")
+
+
+class Redirect(Protocol):
+    """What the kernel recorded of a captured connection; an empty endpoint is none."""
+
+    @property
+    def original(self) -> str: ...
+    @property
+    def original_port(self) -> int: ...
+    @property
+    def endpoint(self) -> str: ...
+    @property
+    def endpoint_port(self) -> int: ...
+    @property
+    def client(self) -> str: ...
+    @property
+    def client_port(self) -> int: ...
+
+
+class Kernel(Protocol):
+    """The kernel maps as a worker uses them; `ambient.io.bpf_maps.Maps` is one. Raises AmbientError."""
+
+    def take_redirect(self, cookie: int) -> Redirect | None: ...
+
+    def authorize_delivery(
+        self,
+        local: str,
+        local_port: int,
+        remote: str,
+        remote_port: int,
+        *,
+        workload: int,
+        generation: int = 0,
+        client: str = "",
+        client_port: int = 0,
+    ) -> None: ...
+
+    def withdraw_delivery(self, local: str, local_port: int, remote: str, remote_port: int) -> None: ...
+
+
+class LazyMaps:
+    """The pinned maps, opened when first needed: until then captured connections are closed, none delivered."""
+
+    def __init__(self, bpffs_dir: str) -> None:
+        self._directory = bpffs_dir
+        self._maps: Maps | None = None
+
+    def _open(self) -> Maps:
+        if self._maps is None:
+            self._maps = Maps.open(self._directory)
+        return self._maps
+
+    def take_redirect(self, cookie: int) -> Redirect | None:
+        try:
+            return self._open().take_redirect(cookie)
+        except LayoutMismatch:
+            return None
+
+    def authorize_delivery(
+        self,
+        local: str,
+        local_port: int,
+        remote: str,
+        remote_port: int,
+        *,
+        workload: int,
+        generation: int = 0,
+        client: str = "",
+        client_port: int = 0,
+    ) -> None:
+        self._open().authorize_delivery(
+            local,
+            local_port,
+            remote,
+            remote_port,
+            workload=workload,
+            generation=generation,
+            client=client,
+            client_port=client_port,
+        )
+
+    def withdraw_delivery(self, local: str, local_port: int, remote: str, remote_port: int) -> None:
+        self._open().withdraw_delivery(local, local_port, remote, remote_port)
+
+
+class Worker:
+    """Everything of one process. Construct, `attach_parent` and ``link.attach``, then `run`."""
+
+    def __init__(self, settings: NodeSettings, kernel: Kernel, loop: asyncio.AbstractEventLoop) -> None:
+        self.settings = settings
+        self.kernel = kernel
+        self.loop = loop
+        self.now = loop.time
+        self.add_reader = loop.add_reader
+        self.remove_reader = loop.remove_reader
+        self.add_writer = loop.add_writer
+        self.remove_writer = loop.remove_writer
+        self.later = loop.call_later
+        self.soon = loop.call_soon
+        self.buffers = BufferPool()
+        self.ciphertext = memoryview(bytearray(_SCRATCH_BYTES))
+        """Scratch of the running callback only."""
+        self.plaintext = memoryview(bytearray(_SCRATCH_BYTES + 2 * 16384))
+        self.namespaces = Namespaces()
+        self.requests = Requests()
+        self.authorities = Authorities()
+        self.pool: Pool[ClientTunnel] = Pool()
+        self.pods: dict[str, PodState] = {}
+        self.tunnels: set[Tunnel] = set()
+        self.handshakes = 0
+        self.link = Link(self)
+        self.ledger = Ledger(self._send_events, self._flush_soon)
+        self._flush_pending = False
+        self._flushing: list[Tunnel] = []
+        self._deadlines: dict[Expiring, float] = {}
+        self._parent: seqpacket.PacketSocket[node.PodPut] | None = None
+        self._parent_fd = -1
+        self._acks: list[node.Ack] = []
+        self._level = _LEVELS.index(settings.log_level) if settings.log_level in _LEVELS else 2
+        self._stopping = False
+        self._stopped: asyncio.Future[int] = loop.create_future()
+
+    # --- services for the parts ----------------------------------------------------------------------------
+
+    def flush_later(self, tunnel: Tunnel) -> None:
+        """Flush at the end of this turn of the loop: one TLS write for all that became readable in it."""
+        if not self._flushing:
+            self.soon(self._flush)
+        self._flushing.append(tunnel)
+
+    def _flush(self) -> None:
+        tunnels, self._flushing = self._flushing, []
+        for tunnel in tunnels:
+            if tunnel.scheduled:
+                try:
+                    tunnel.flush()
+                except Exception as error:  # one tunnel's bug must not keep the others' bytes
+                    self.count("tunnel_faults")
+                    self.log("error", f"tunnel to {tunnel.remote[0]}: {type(error).__name__}: {error}")
+                    tunnel.close("internal fault", "-")
+
+    def expire(self, thing: Expiring, after_s: float) -> None:
+        """Call ``thing.expired()`` after (about) so long, unless `keep` is called before."""
+        self._deadlines[thing] = self.now() + after_s
+
+    def keep(self, thing: Expiring) -> None:
+        self._deadlines.pop(thing, None)
+
+    def count(self, name: str, by: int = 1) -> None:
+        self.ledger.count(name, by)
+
+    def log(self, level: str, text: str) -> None:
+        """One line on stderr, which the parent keeps; ``level`` "level" changes the level."""
+        if level == "level":
+            if text in _LEVELS:
+                self._level = _LEVELS.index(text)
+        elif _LEVELS.index(level) <= self._level:
+            stamp = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
+            sys.stderr.write(f"{stamp}\t{level}\tworker\t{text}\n")
+
+    def connections(self, number: int) -> Connections:
+        """What is open, for the control process."""
+        tunnels = tuple(
+            {
+                "local": f"{tunnel.local[0]}:{tunnel.local[1]}",
+                "remote": f"{tunnel.remote[0]}:{tunnel.remote[1]}",
+                "peer": str(tunnel.peer or ""),
+                "pod": tunnel.pod.pod.uid,
+                "role": tunnel.role.value,
+                "streams": len(tunnel.connection.streams) if tunnel.connection is not None else 0,
+            }
+            for tunnel in list(self.tunnels)[:4096]
+        )
+        return Connections(number=number, rows=self.ledger.rows(self.now())[:65536], tunnels=tunnels)
+
+    def _send_events(self, events: Events) -> None:
+        self.link.send(events)
+
+    def _flush_soon(self) -> None:
+        if not self._flush_pending:
+            self._flush_pending = True
+            self.later(_SOON_S, self._flush_ledger)
+
+    def _flush_ledger(self) -> None:
+        self._flush_pending = False
+        self.ledger.flush()
+
+    # --- time ----------------------------------------------------------------------------------------------
+
+    def _tick(self) -> None:
+        now = self.now()
+        self.later(TICK_S, self._tick)
+        for thing in [thing for thing, deadline in self._deadlines.items() if deadline <= now]:
+            del self._deadlines[thing]
+            thing.expired()
+        for tunnel in list(self.tunnels):
+            tunnel.tick(now)
+        for idle in self.pool.take_idle(now):
+            idle.shut("idle")
+        self.link.tick(now)
+        for uid, pod in list(self.pods.items()):
+            if pod.tick(now):
+                self._forget(uid)
+        self.ledger.tick(now)
+        if self._stopping and not self.pods and not self._stopped.done():
+            self._stopped.set_result(0)
+
+    # --- pods ----------------------------------------------------------------------------------------------
+
+    def put_pod(self, pod: node.Pod, fds: dict[str, int]) -> None:
+        """A pod was enrolled, or came again with other listeners; owns the descriptors from now on."""
+        known = self.pods.pop(pod.uid, None)
+        if known is not None:
+            known.close("the pod was enrolled again")
+        state = self.pods[pod.uid] = PodState(self, pod, fds)
+        self.link.want(state.identity)
+        if self._stopping:
+            state.begin_drain(self.now(), 0)
+        else:
+            state.start()
+
+    def remove_pod(self, uid: str, drain_s: float) -> None:
+        pod = self.pods.get(uid)
+        if pod is None:
+            return
+        pod.begin_drain(self.now(), drain_s)
+        if drain_s <= 0:
+            pod.close("the pod is gone")
+            self._forget(uid)
+
+    def _forget(self, uid: str) -> None:
+        pod = self.pods.pop(uid)
+        self.link.decisions.forget_pod(uid)
+        if not any(other.identity == pod.identity for other in self.pods.values()):
+            self.link.unwant(pod.identity)
+
+    # --- the parent ----------------------------------------------------------------------------------------
+
+    def attach_parent(self, sock: socket.socket) -> None:
+        sock.setblocking(False)
+        self._parent = seqpacket.PacketSocket(sock, node.Message | ControlChannel)
+        self._parent_fd = sock.fileno()
+        self.add_reader(self._parent_fd, self._parent_readable)
+
+    def _parent_readable(self) -> None:
+        parent = self._parent
+        if parent is None:
+            return
+        try:
+            packet = parent.receive()
+        except BlockingIOError:
+            return
+        except PeerFault as fault:
+            self.count("parent_messages_refused")
+            self.log("error", f"the parent sent what is no message: {fault}")
+            return
+        except OSError as error:
+            self.log("error", f"the parent: {error}")
+            packet = None
+        if packet is None:
+            self.remove_reader(self._parent_fd)
+            self._parent = None
+            self.log("warn", "the parent is gone; draining")
+            self.stop(self.settings.drain_s)
+            return
+        message, fds = packet
+        self._handle(message, fds)
+
+    def _handle(self, message: object, fds: tuple[int, ...]) -> None:
+        match message:
+            case node.PodPut(pod=pod, fds=names):
+                error = ""
+                try:
+                    self.put_pod(pod, dict(zip(names, fds, strict=True)))
+                except (AmbientError, OSError, ValueError) as fault:
+                    error = f"pod {pod.namespace}/{pod.name}: {fault}"
+                    self.log("error", error)
+                    if pod.uid not in self.pods:
+                        seqpacket.close_all(fds)
+                self._acknowledge(pod.uid, error)
+            case node.PodRemove(uid=uid, drain_s=drain_s):
+                seqpacket.close_all(fds)
+                self.remove_pod(uid, drain_s)
+                self._acknowledge(uid, "")
+            case ControlChannel() if len(fds) == 1:
+                self.link.attach(Socket(fileno=fds[0]))
+            case _:
+                seqpacket.close_all(fds)
+
+    def _acknowledge(self, uid: str, error: str) -> None:
+        self._acks.append(node.Ack(uid=uid, error=error))
+        if len(self._acks) == 1:
+            self._send_acks()
+
+    def _send_acks(self) -> None:
+        self.remove_writer(self._parent_fd)
+        parent = self._parent
+        while self._acks and parent is not None:
+            try:
+                parent.send(self._acks[0])  # type: ignore[arg-type]
+            except BlockingIOError:
+                self.add_writer(self._parent_fd, self._send_acks)
+                return
+            except OSError:
+                self._acks.clear()
+                return
+            self._acks.pop(0)
+
+    # --- life ----------------------------------------------------------------------------------------------
+
+    def stop(self, grace_s: float) -> None:
+        """Drain: accept nothing, let connections finish for ``grace_s``, then end."""
+        self._stopping = True
+        now = self.now()
+        for pod in self.pods.values():
+            pod.begin_drain(now, grace_s)
+
+    async def run(self) -> int:
+        """Until `stop` has drained. Returns the exit status."""
+        self._tick()
+        status = await self._stopped
+        self.ledger.flush()
+        self.link.detach()
+        return status
+
+
+def run_worker(settings: NodeSettings, parent_fd: int, control_fd: int, kernel: Kernel | None = None) -> int:
+    """Run as one worker until SIGTERM and its drain, or the parent's end; returns the exit status.
+
+    ``parent_fd``: SOCK_SEQPACKET, node messages with descriptors. ``control_fd``: the stream to the control
+    process, or -1 if it comes later (ControlChannel). Call in a process of its own without threads.
+    """
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft != hard:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+    gc.freeze()
+    gc.set_threshold(10_000, 20, 50)
+
+    async def main() -> int:
+        loop = asyncio.get_running_loop()
+        worker = Worker(settings, kernel or LazyMaps(settings.bpffs_dir), loop)
+        loop.add_signal_handler(signal.SIGTERM, worker.stop, settings.drain_s)
+        loop.add_signal_handler(signal.SIGINT, lambda: None)
+        worker.attach_parent(socket.socket(fileno=parent_fd))
+        if control_fd >= 0:
+            worker.link.attach(Socket(fileno=control_fd))
+        return await worker.run()
+
+    status: int = uvloop.run(main())
+    return status
