@@ -51,6 +51,7 @@ class Route(msgspec.Struct, frozen=True, tag=True, kw_only=True):
     ip: str
     port: int
     generation: int
+    """Grows with every decision, also across restarts of the control process."""
     kind: str
     """hbone (at least one hop is), tcp (no hop is), or refused"""
     hops: tuple[Hop, ...] = ()
@@ -194,6 +195,10 @@ class WorkerChannel(msgspec.Struct, frozen=True, tag=True, kw_only=True):
 
     number: int
     pid: int
+
+
+class Draining(msgspec.Struct, frozen=True, tag=True):
+    """Parent -> control process on its packet socket: the workers were told to end (SIGTERM); not ready any more."""
 
 
 Message = (
