@@ -16,7 +16,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import IO, Any, TypeVar
 
 from ambient.errors import PlatformFault
 from ambient.lab.topology import UNDERLAY_BRIDGE, Lab
@@ -77,6 +77,26 @@ class Driver:
         words = ["lab", "exec", "--name", self.lab.name, "-n", namespace, pod, "--", *command]
         return self.ambient(*words, check=check, timeout_s=timeout_s)
 
+    @contextlib.contextmanager
+    def background(self, namespace: str, pod: str, *command: str) -> Iterator[Background]:
+        """A program that runs in a pod while the body runs; its standard input closes at the end."""
+        argv = [sys.executable, "-m", "ambient", "lab", "exec", "--name", self.lab.name, "-n", namespace, pod, "--"]
+        process = subprocess.Popen(
+            [*argv, *command], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        )
+        try:
+            yield Background(process)
+        finally:
+            assert process.stdin is not None and process.stdout is not None
+            with contextlib.suppress(OSError):
+                process.stdin.close()
+            try:
+                process.wait(5)
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.wait()
+            process.stdout.close()
+
     def run(
         self,
         argv: Sequence[str],
@@ -127,7 +147,7 @@ class Driver:
             process = subprocess.Popen(argv, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
             found = Capture(path)
             try:
-                _await_line(process, "listening on")
+                _await_line(process.stderr, "listening on")
                 yield found
                 found.settle()
             finally:
@@ -137,6 +157,17 @@ class Driver:
                     process.stderr.close()
                 if path.exists():
                     found.raw = path.read_bytes()
+
+
+class Background:
+    """A program that runs in a pod."""
+
+    def __init__(self, process: subprocess.Popen[str]) -> None:
+        self.process = process
+
+    def await_output(self, text: str, limit_s: float = 10.0) -> str:
+        """The first line with ``text``. PlatformFault with what was printed instead."""
+        return _await_line(self.process.stdout, text, limit_s)
 
 
 class Capture:
@@ -167,18 +198,19 @@ class Capture:
         return sum(port in s.ports for s in self.segments)
 
 
-def _await_line(process: subprocess.Popen[str], text: str, limit_s: float = 10.0) -> None:
-    assert process.stderr is not None
-    deadline = time.monotonic() + limit_s
+def _await_line(stream: IO[str] | None, text: str, limit_s: float = 10.0) -> str:
+    assert stream is not None
+    deadline, seen = time.monotonic() + limit_s, ""
     while time.monotonic() < deadline:
-        ready, _, _ = select.select((process.stderr,), (), (), 0.2)
+        ready, _, _ = select.select((stream,), (), (), 0.2)
         if ready:
-            line = process.stderr.readline()
+            line = stream.readline()
             if text in line:
-                return
+                return line
             if not line:
                 break
-    raise PlatformFault("tcpdump did not begin to capture: is it installed, and is the lab up?")
+            seen += line
+    raise PlatformFault(f"waited in vain for a line with {text!r}; there was {seen[-500:]!r}")
 
 
 def eventually(look: Callable[[], T], limit_s: float, what: str, pause_s: float = 0.1) -> T:
