@@ -60,7 +60,7 @@ class Demo:
     def __init__(self, name: str) -> None:
         self.driver = Driver(name, nodes=2)
         self._began = time.monotonic()
-        self._pids: dict[str, int] = {}
+        self._pids: dict[str, str] = {}
 
     def all(self) -> None:
         for step in (
@@ -258,12 +258,12 @@ class Demo:
         self._say(f"{REQUESTS} purchases through frontend, catalog, cart and payments: all answered")
         return marker, capture
 
-    def _app_pids(self) -> dict[str, int]:
-        rows = json.loads(
-            self.driver.ambient("lab", "status", "--name", self.driver.lab.name, "-o", "json", check=False)
-        )
-        names = {pod["metadata"]["name"]: app for app, pod in self.driver.pods("shop").items()}
-        return {names[r["name"]]: r["pid"] for r in rows if r["kind"] == "pod" and r["name"] in names}
+    def _app_pids(self) -> dict[str, str]:
+        """The process of each pod's container, as the kubelet tells it."""
+        return {
+            app: pod["status"]["containerStatuses"][0]["containerID"].removeprefix("lab://")
+            for app, pod in self.driver.pods("shop").items()
+        }
 
     def _enrolled(self, namespace: str) -> int:
         pods = self.driver.pods(namespace).values()

@@ -202,10 +202,12 @@ def exec_line(
     inner = cgroup / container if container else next((p for p in sorted(cgroup.iterdir()) if p.is_dir()), cgroup)
     if not inner.is_dir():
         raise ConfigFault(f"pod {namespace}/{pod.name}", container, "no such container runs")
+    directory = "/"
     try:
-        directory = os.readlink(f"/proc/{pod.pid}/cwd")  # where the container's own program runs, as in kubectl exec
-    except OSError:
-        directory = "/"
+        first = (inner / "cgroup.procs").read_text().split()[0]
+        directory = os.readlink(f"/proc/{first}/cwd")  # where the container's own program runs, as in kubectl exec
+    except (OSError, IndexError):
+        pass  # nothing runs in the container just now
     argv = commands.enter_argv(command, cgroup=str(inner), netns=pod.netns, pid=pod.pid, directory=directory)
     env = dict(BASE_ENVIRONMENT) | {"HOSTNAME": pod.name, "TERM": os.environ.get("TERM", "dumb")}
     # programs of the user's environment, a virtual one for instance, are wanted inside as well
