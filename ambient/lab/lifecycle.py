@@ -179,8 +179,8 @@ def _process(kind: str, name: str, node: str, pid: int, addresses: Sequence[str]
     return {"kind": kind, "name": name, "node": node, "state": state, "pid": pid or None, "addresses": list(addresses)}
 
 
-def _pids(cgroup: Any) -> tuple[int, ...]:
-    return cgroups.processes(cgroups.mount_point() / cgroup)
+def _pids(cgroup: Any) -> list[int]:
+    return sorted(cgroups.processes(cgroups.mount_point() / cgroup))
 
 
 def _pid_file(path: Path) -> int:

@@ -64,8 +64,7 @@ class Supervisor:
     def build(self) -> None:
         """Everything that needs no event loop: cgroups, networks, mounts, CNI files."""
         lab = self._lab
-        own = cgroups.create(lab.cgroup / "supervisor")
-        (own / "cgroup.procs").write_text(str(os.getpid()))
+        cgroups.enter(cgroups.create(lab.cgroup / "supervisor"))
         self._logs.mkdir(exist_ok=True)
         self.say(step=f"networks of {lab.nodes} nodes")
         network.create(lab)
