@@ -76,6 +76,8 @@ class Reconciler:
     def publish(self, now: float) -> World:
         """The World to serve after the changes so far."""
         change = self._translator.take()
+        if not change and self.world is not None:
+            return self.world
         before, first = self.world or World(), self.world is None
         workloads = tuple(self.delay.admit(w, before.workloads.get(w.uid), now, first=first) for w in change.workloads)
         for uid in change.removed_workloads:

@@ -53,9 +53,10 @@ def read_documents(text: str, where: str, mesh: Mesh | None = None) -> tuple[lis
     problems: list[Problem] = []
     try:
         for line, document in _documents(text, where):
-            at = f"{where}:{line}"
+            content = document.lstrip()
+            at = f"{where}:{line + document.count(chr(10), 0, len(document) - len(content))}"
             try:
-                for value in _objects(_plain(document, at), at):
+                for value in _objects(_plain(document, at, line), at):
                     try:
                         found.append(_manifest(value, at, mesh or Mesh()))
                     except ConfigFault as fault:
@@ -87,7 +88,7 @@ def _documents(text: str, where: str) -> Iterator[tuple[int, str]]:
         yield line, text[start:end]
 
 
-def _plain(text: str, at: str) -> Any:
+def _plain(text: str, at: str, line: int) -> Any:
     try:
         node = yaml.compose(text, Loader=yaml.SafeLoader)
         if node is None:
@@ -99,25 +100,25 @@ def _plain(text: str, at: str) -> Any:
         finally:
             loader.dispose()
     except yaml.YAMLError as error:
-        raise ConfigFault(at, "document", _first_line(error)) from None
+        raise ConfigFault(at, "", _said(error, line)) from None
     except (RecursionError, ValueError, OverflowError, TypeError) as error:
-        raise ConfigFault(at, "document", f"cannot be read: {type(error).__name__}: {str(error)[:200]}") from None
+        raise ConfigFault(at, "", f"cannot be read: {type(error).__name__}: {str(error)[:200]}") from None
 
 
-def _first_line(error: yaml.YAMLError) -> str:
+def _said(error: yaml.YAMLError, line: int) -> str:
     mark, problem = getattr(error, "problem_mark", None), getattr(error, "problem", None)
-    place = f"line {mark.line + 1}, column {mark.column + 1}: " if mark else ""
+    place = f"line {line + mark.line}, column {mark.column + 1}: " if mark else ""
     return f"is not YAML: {place}{problem or error}"[:300]
 
 
 def _bounded(node: yaml.Node, sizes: dict[int, int], depth: int, at: str) -> int:
     """How many values the node stands for once aliases are written out. Raises ConfigFault beyond the limits."""
     if depth > DEPTH_MAX:
-        raise ConfigFault(at, "document", f"is nested deeper than {DEPTH_MAX}")
+        raise ConfigFault(at, "", f"is nested deeper than {DEPTH_MAX}")
     known = sizes.get(id(node))
     if known is not None:
         if known < 0:
-            raise ConfigFault(at, "document", "has an alias that contains itself")
+            raise ConfigFault(at, "", "has an alias that contains itself")
         return known
     sizes[id(node)] = -1
     size = 1
@@ -126,7 +127,7 @@ def _bounded(node: yaml.Node, sizes: dict[int, int], depth: int, at: str) -> int
             for part in child if isinstance(child, tuple) else (child,):
                 size += _bounded(part, sizes, depth + 1, at)
                 if size > VALUES_MAX:
-                    raise ConfigFault(at, "document", f"has more than {VALUES_MAX} values")
+                    raise ConfigFault(at, "", f"has more than {VALUES_MAX} values")
     sizes[id(node)] = size
     return size
 
@@ -156,14 +157,14 @@ def _manifest(value: Any, at: str, mesh: Mesh) -> Manifest:
         rule = f"must be {' or '.join(versions)} for {kind.name}"
         raise ConfigFault(f"{at}: apiVersion", str(value.get("apiVersion"))[:60], rule)
     item = kind.convert(value)
+    if kind.namespaced and not item.namespace:
+        value = value | {"metadata": (value.get("metadata") or {}) | {"namespace": "default"}}
+        item = kind.convert(value)
     where = reference(kind.name, item.namespace, item.name or "?")
     pattern = _LABEL_NAME if kind.name in ("Namespace", "Service") else _NAME
     if len(item.name) > 253 or not pattern.fullmatch(item.name):
         raise ConfigFault(f"{where}: metadata.name", item.name[:80], "must be a lower-case DNS name")
-    if kind.namespaced and not item.namespace:
-        value = value | {"metadata": value["metadata"] | {"namespace": "default"}}
-        item = kind.convert(value)
-    elif not kind.namespaced and item.namespace:
+    if not kind.namespaced and item.namespace:
         raise ConfigFault(f"{where}: metadata.namespace", item.namespace[:80], f"a {kind.name} has no namespace")
     if item.namespace and not _LABEL_NAME.fullmatch(item.namespace):
         raise ConfigFault(f"{where}: metadata.namespace", item.namespace[:80], "must be a lower-case DNS label")

@@ -126,24 +126,33 @@ class PeerModes:
     """Whether the namespace as a whole is strict, where it says so itself."""
     selecting: Mapping[str, tuple[PeerMode, ...]]
     """Objects with a selector per namespace, oldest first."""
+    shadowed: tuple[tuple[PeerMode, PeerMode], ...] = ()
+    """Objects without effect, each with the older one of the same reach that is in force."""
 
     @staticmethod
     def of(modes: Iterable[PeerMode], mesh: Mesh) -> PeerModes:
-        mesh_strict: bool | None = None
-        seen_mesh = False
-        namespaces: dict[str, Mode] = {}
+        whole: dict[str, PeerMode] = {}
         selecting: dict[str, list[PeerMode]] = {}
-        for item in sorted(modes, key=lambda m: m.age):
-            if item.selector:
-                if item.namespace != mesh.root_namespace:
-                    selecting.setdefault(item.namespace, []).append(item)
+        shadowed: list[tuple[PeerMode, PeerMode]] = []
+        for item in sorted(modes, key=lambda m: (m.age, m.namespace)):
+            if not item.selector:
+                older = whole.setdefault(item.namespace, item)
             elif item.namespace == mesh.root_namespace:
-                if not seen_mesh:
-                    seen_mesh, mesh_strict = True, item.mode is Mode.STRICT
+                continue
             else:
-                namespaces.setdefault(item.namespace, item.mode)
-        by_namespace = {ns: mode is Mode.STRICT for ns, mode in namespaces.items() if mode is not Mode.UNSET}
-        return PeerModes(mesh, bool(mesh_strict), by_namespace, {ns: tuple(items) for ns, items in selecting.items()})
+                others = selecting.setdefault(item.namespace, [])
+                older = next((other for other in others if other.selector == item.selector), item)
+                others.append(item)
+            if older is not item:
+                shadowed.append((item, older))
+        mesh_wide = whole.pop(mesh.root_namespace, None)
+        return PeerModes(
+            mesh,
+            mesh_wide is not None and mesh_wide.mode is Mode.STRICT,
+            {ns: item.mode is Mode.STRICT for ns, item in whole.items() if item.mode is not Mode.UNSET},
+            {ns: tuple(items) for ns, items in selecting.items()},
+            tuple(shadowed),
+        )
 
     def _strict(self, namespace: str) -> bool:
         return self.by_namespace.get(namespace, self.mesh_strict)

@@ -228,6 +228,14 @@ class Translator:
         self._dirty_policies.clear()
         if self._dirty_peers:
             self._peers = PeerModes.of(self._peer.values(), self.mesh)
+            self._problems["PeerAuthentication", ""] = tuple(
+                Problem(
+                    reference("PeerAuthentication", item.namespace, item.name),
+                    "spec.selector",
+                    f"has no effect: {older.name}, which is older, says the mode of the same workloads",
+                )
+                for item, older in self._peers.shadowed
+            )
             derived = {p.key: p for p in (peer_authentication.static_strict(self.mesh), *self._peers.port_policies())}
             gone = [k for k in self.world.policies if peer_authentication.is_strict(k) and k not in derived]
             wanted |= derived | dict.fromkeys(gone)
@@ -273,7 +281,8 @@ class Translator:
             if owned != addresses:
                 lost = next(a for a in addresses if a not in owned)
                 rule = f"{lost} belongs to {self._owner(lost)}, which is newer or not ending"
-                problems.append(Problem(reference("Pod", pod.namespace, pod.name), "status.podIPs", rule))
+                ending = pod.metadata.deletion_timestamp is not None  # then it is the usual course of things
+                problems.append(Problem(reference("Pod", pod.namespace, pod.name), "status.podIPs", rule, ending))
                 addresses = owned
         try:
             workload: Workload | None = pods.workload_of(
