@@ -23,6 +23,7 @@ from ambient.lab.apiserver import access, discovery, patch, schema
 from ambient.lab.apiserver.apply import server_side_apply, track_update
 from ambient.lab.apiserver.certs import Authority, server_context
 from ambient.lab.apiserver.history import History
+from ambient.lab.apiserver.protobuf import MEDIA_TYPE, is_protobuf
 from ambient.lab.apiserver.requests import (
     BODY_BYTES_MAX,
     LIMIT_MAX,
@@ -421,8 +422,7 @@ class ApiServer:
     # --- writing ----------------------------------------------------------------------------------------
 
     async def _create(self, request: web.Request, target: Target, answer: Answer, user: User) -> web.Response:
-        body = await request.read()
-        media = request.content_type if "Content-Type" in request.headers else ""
+        body, media = await _body(request)
         if target.subresource:
             return self._create_subresource(target, answer, decode(body, media))
         if target.name:
@@ -478,7 +478,7 @@ class ApiServer:
         return {**head, "spec": spec, "status": {"allowed": may}}
 
     async def _update(self, request: web.Request, target: Target, answer: Answer) -> web.Response:
-        body, media = await request.read(), request.content_type
+        body, media = await _body(request)
         if target.subresource == "scale":
             document = decode(body, media)
             return self._set_scale(request, target, answer, lambda _: document)
@@ -501,7 +501,7 @@ class ApiServer:
         return self._one(request, target, answer, stored)
 
     async def _patch(self, request: web.Request, target: Target, answer: Answer) -> web.Response:
-        body, media = await request.read(), request.content_type
+        body, media = await _body(request)
         if media == "application/apply-patch+yaml" and not target.subresource.startswith("scale"):
             return self._apply(request, target, answer, decode_object(body, media, target))
         change = track_update(
@@ -602,7 +602,7 @@ class ApiServer:
     async def _delete(self, request: web.Request, target: Target, answer: Answer) -> web.Response:
         if target.subresource:
             raise method_not_allowed("DELETE")
-        options = delete_options(request.query, await self._body(request))
+        options = delete_options(request.query, await _decoded(request))
         obj, gone = self.store.delete(target.kind, target.namespace, target.name, options)
         if not gone:
             return self._one(request, target, answer, obj)
@@ -613,7 +613,7 @@ class ApiServer:
 
     async def _delete_collection(self, request: web.Request, target: Target, answer: Answer) -> web.Response:
         query = request.query
-        options = delete_options(query, await self._body(request))
+        options = delete_options(query, await _decoded(request))
         matches = matcher(target.kind, query.get("labelSelector", ""), query.get("fieldSelector", ""))
         deleted = []
         for obj in self.store.page(target.kind, target.namespace, matches=matches).items:
@@ -627,10 +627,18 @@ class ApiServer:
         }
         return _respond(document, encoding=answer.encoding)
 
-    @staticmethod
-    async def _body(request: web.Request) -> Any:
-        body = await request.read()
-        return decode(body, request.content_type if "Content-Type" in request.headers else "") if body else None
+
+async def _body(request: web.Request) -> tuple[bytes, str]:
+    """The body and its media type; some clients name none, then its first bytes tell."""
+    body = await request.read()
+    if "Content-Type" in request.headers:
+        return body, request.content_type
+    return body, MEDIA_TYPE if is_protobuf(body) else "application/json"
+
+
+async def _decoded(request: web.Request) -> Any:
+    body, media = await _body(request)
+    return decode(body, media) if body else None
 
 
 def _verb(request: web.Request, target: Target) -> str:

@@ -340,9 +340,13 @@ def _message(name: str, data: bytes, depth: int) -> JsonObject:
     return result
 
 
+def is_protobuf(body: bytes) -> bool:
+    return body.startswith(_MAGIC)
+
+
 def decode_protobuf(body: bytes) -> JsonObject:
     """The object in a protobuf body, with apiVersion and kind. ApiError 400 on garbage, 415 on unknown messages."""
-    if not body.startswith(_MAGIC):
+    if not is_protobuf(body):
         raise bad_request("protobuf: the body does not begin with Kubernetes' four magic bytes")
     envelope = _message("Unknown", body[len(_MAGIC) :], 0)
     head = envelope.get("typeMeta", {})
