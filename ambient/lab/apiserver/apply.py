@@ -116,7 +116,7 @@ def _merge(live: Any, config: Any, custom: bool, path: Path = ()) -> Any:
         if _is_set(path, custom):
             return live + [item for item in config if item not in live]
         key = _key_of(path, config, custom)
-        if key is not None and _key_of(path, live, custom) == key and config:
+        if key is not None and _key_of(path, live, custom) == key:
             items = {item[key]: item for item in live}
             for item in config:
                 items[item[key]] = _merge(items.get(item[key]), item, custom, (*path, _item_step(key, item)))
@@ -222,10 +222,11 @@ def server_side_apply(
     result = _merge(base, config, custom)
     before = managers.owned.get(me, frozenset())
     kept = frozenset(wanted).union(*(paths for other, paths in managers.owned.items() if other != me))
-    for path in sorted(before - kept, key=len, reverse=True):
+    for path in sorted(before - kept, key=len):  # a list item before its fields: its key is one of them
         below = any(owned[: len(path)] == path for owned in kept)
         if not below:
             result = _remove(result, path)
+    result = _merge(result, config, custom)  # an object emptied by the removals may be one that is applied empty
     managers.owned[me] = frozenset(wanted)
     same = live is not None and all(
         json_equal(result.get(key), live.get(key)) for key in (*result, *live) if key != "metadata"

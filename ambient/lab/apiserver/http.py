@@ -5,85 +5,33 @@ from __future__ import annotations
 import asyncio
 import base64
 import logging
-import random
 import secrets
 import socket
 import time
 import uuid
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
 from datetime import UTC, datetime
-from typing import Any
 
-import msgspec
 import yaml
 from aiohttp import web
 
-from ambient.lab.apiserver import access, discovery, patch, schema
-from ambient.lab.apiserver.apply import server_side_apply, track_update
+from ambient.lab.apiserver import access, discovery, schema
+from ambient.lab.apiserver.answers import respond, verb_of
 from ambient.lab.apiserver.certs import Authority, server_context
 from ambient.lab.apiserver.history import History
-from ambient.lab.apiserver.protobuf import MEDIA_TYPE, is_protobuf
-from ambient.lab.apiserver.requests import (
-    BODY_BYTES_MAX,
-    LIMIT_MAX,
-    Answer,
-    Target,
-    decode,
-    decode_object,
-    delete_options,
-    dry_run,
-    flag,
-    number,
-    parse_accept,
-    parse_path,
-    version_of,
-)
-from ambient.lab.apiserver.selectors import matcher, selector_text
-from ambient.lab.apiserver.status import (
-    ApiError,
-    JsonObject,
-    bad_request,
-    conflict,
-    method_not_allowed,
-    too_large,
-    too_many,
-    unknown_path,
-    unsupported_media_type,
-)
-from ambient.lab.apiserver.store import Sources, Store, timestamp
-from ambient.lab.apiserver.tables import table
-from ambient.lab.apiserver.tokens import ISSUER, TokenAuthority, User
-from ambient.lab.apiserver.watch import WatchOptions, serve
+from ambient.lab.apiserver.reads import Reads
+from ambient.lab.apiserver.requests import BODY_BYTES_MAX, parse_accept, parse_path
+from ambient.lab.apiserver.settings import ApiSettings
+from ambient.lab.apiserver.status import ApiError, JsonObject, method_not_allowed, too_large, unknown_path
+from ambient.lab.apiserver.store import Sources, Store
+from ambient.lab.apiserver.tokens import ISSUER, TokenAuthority
+from ambient.lab.apiserver.writes import Writes
+
+__all__ = ["ApiServer", "ApiSettings"]
 
 log = logging.getLogger(__name__)
 
 _SUFFIX_ALPHABET = "bcdfghjklmnpqrstvwxz2456789"  # Kubernetes' own: no vowels, nothing that looks alike
-_WATCH_S_DEFAULT = (1800, 3600)
-
-
-@dataclass(frozen=True, slots=True)
-class ApiSettings:
-    """What a cluster's API server is told."""
-
-    service_ranges: tuple[str, ...] = ("10.96.0.0/16", "fd00:10:96::/112")
-    """One CIDR per address family; the first is the default family of Services."""
-    server_names: tuple[str, ...] = ()
-    """DNS names and addresses for the server certificate, beside localhost and the sockets' addresses."""
-    advertise: tuple[tuple[str, int], ...] = ()
-    """Addresses and ports behind the Service default/kubernetes; empty: no such Service."""
-    system_namespaces: tuple[str, ...] = ("kube-system", "ambient-system", "istio-system")
-    """Their service accounts may do everything (see `access`)."""
-    static_tokens: tuple[tuple[str, User], ...] = ()
-    """Bearer tokens beside those this server issues."""
-    changes_max: int = 4096
-    """Events kept per kind for watches."""
-    objects_max: int = 50_000
-    watches_max: int = 1000
-    bookmark_interval_s: float = 60.0
-    write_timeout_s: float = 30.0
-    """How long one write to a watcher may take before it is dropped."""
-    now: Callable[[], datetime] = field(default=lambda: datetime.now(UTC))
 
 
 class ApiServer:
@@ -109,7 +57,8 @@ class ApiServer:
         self._authority = Authority(datetime.now(UTC))
         self._static_tokens = dict(self._settings.static_tokens)
         self._runner: web.AppRunner | None = None
-        self._watches: set[asyncio.Task[Any]] = set()
+        self._reads = Reads(self.store, self._settings)
+        self._writes = Writes(self.store, self.tokens, self._settings)
         if self._settings.advertise:
             self._advertise(self._settings.advertise)
 
@@ -136,8 +85,7 @@ class ApiServer:
             await web.SockSite(self._runner, sock, ssl_context=context).start()
 
     async def stop(self) -> None:
-        for task in tuple(self._watches):
-            task.cancel()
+        self._reads.stop()
         if self._runner is not None:
             await self._runner.cleanup()
             self._runner = None
@@ -202,23 +150,23 @@ class ApiServer:
             return await self._dispatch(request)
         except ApiError as error:
             headers = {"Retry-After": str(error.retry_after_s)} if error.retry_after_s else None
-            return _respond(error.document(), error.code, headers=headers)
+            return respond(error.document(), error.code, headers=headers)
         except web.HTTPRequestEntityTooLarge:
             refusal = too_large(f"limit is {BODY_BYTES_MAX} bytes")
-            return _respond(refusal.document(), refusal.code)
+            return respond(refusal.document(), refusal.code)
         except (ConnectionError, TimeoutError, asyncio.CancelledError):
             raise
         except Exception as fault:
             log.exception("%s %s", request.method, request.path)
             bug = ApiError(500, "InternalError", f"Internal error occurred: {type(fault).__name__}: {fault}")
-            return _respond(bug.document(), bug.code)
+            return respond(bug.document(), bug.code)
 
     async def _dispatch(self, request: web.Request) -> web.StreamResponse:
         path = request.path
         if path in discovery.HEALTH_PATHS:
             return web.Response(text="ok")
         if path.rstrip("/") == "/version":
-            return _respond(discovery.VERSION)
+            return respond(discovery.VERSION)
         certificate = request.transport.get_extra_info("peercert") if request.transport else None
         authorization = request.headers.get("Authorization", "")
         user = access.authenticate(authorization, certificate, self.tokens, self._static_tokens)
@@ -226,27 +174,27 @@ class ApiServer:
         if static is not None:
             return static
         target = parse_path(request.rel_url.raw_path, self.store.registry)
-        verb = _verb(request, target)
+        verb = verb_of(request, target)
         if not access.allowed(user, verb, target.kind.resource, target.subresource, self._settings.system_namespaces):
             raise access.refused(user, verb, target.kind, target.subresource, target.namespace, target.name)
         answer = parse_accept(request.headers.get("Accept", ""))
         match verb:
             case "get":
-                return self._get(request, target, answer)
+                return self._reads.get(request, target, answer)
             case "list":
-                return self._list(request, target, answer)
+                return self._reads.list(request, target, answer)
             case "watch":
-                return await self._watch(request, target, answer)
+                return await self._reads.watch(request, target, answer)
             case "create":
-                return await self._create(request, target, answer, user)
+                return await self._writes.create(request, target, answer, user)
             case "update":
-                return await self._update(request, target, answer)
+                return await self._writes.update(request, target, answer)
             case "patch":
-                return await self._patch(request, target, answer)
+                return await self._writes.patch(request, target, answer)
             case "delete":
-                return await self._delete(request, target, answer)
+                return await self._writes.delete(request, target, answer)
             case "deletecollection":
-                return await self._delete_collection(request, target, answer)
+                return await self._writes.delete_collection(request, target, answer)
         raise method_not_allowed(request.method)
 
     def _static(self, request: web.Request, path: str) -> web.Response | None:
@@ -292,420 +240,4 @@ class ApiServer:
             raise unknown_path()
         if request.method not in ("GET", "HEAD"):
             raise method_not_allowed(request.method)
-        return _respond(document)
-
-    # --- reading ----------------------------------------------------------------------------------------
-
-    def _get(self, request: web.Request, target: Target, answer: Answer) -> web.Response:
-        obj = self.store.get(target.kind, target.namespace, target.name)
-        if target.subresource == "scale":
-            return _respond(_scale(obj), encoding=answer.encoding)
-        if target.subresource not in ("", "status"):
-            raise method_not_allowed("GET")
-        return self._one(request, target, answer, obj)
-
-    def _one(
-        self, request: web.Request, target: Target, answer: Answer, obj: JsonObject, code: int = 200
-    ) -> web.Response:
-        shaped = self._shaped(request.query, target, answer, obj, True)
-        return _respond(shaped, code, encoding=answer.encoding)
-
-    def _shaped(
-        self, query: Mapping[str, str], target: Target, answer: Answer, obj: JsonObject, headers: bool
-    ) -> JsonObject:
-        obj = _served(obj, target)
-        if answer.shape == "Table":
-            include = query.get("includeObject", "Metadata")
-            metadata = {"resourceVersion": obj["metadata"].get("resourceVersion", "")}
-            return table(
-                target.kind,
-                [obj],
-                self.store.now,
-                metadata=metadata,
-                include_object=include,
-                headers=headers,
-                version=answer.meta_version,
-            )
-        if answer.shape == "Metadata":
-            return _partial(obj, answer)
-        return obj
-
-    def _list(self, request: web.Request, target: Target, answer: Answer) -> web.Response:
-        query, kind = request.query, target.kind
-        matches = matcher(kind, query.get("labelSelector", ""), query.get("fieldSelector", ""))
-        version = version_of(query) if query.get("resourceVersionMatch") == "Exact" else None
-        seen = version_of(query)
-        if seen is not None and seen > self.store.history.version:
-            cause = {"reason": "ResourceVersionTooLarge", "message": "Too large resource version"}
-            message = f"Too large resource version: {seen}, current: {self.store.history.version}"
-            raise ApiError(504, "Timeout", message, details={"causes": [cause]}, retry_after_s=1)
-        limit = number(query, "limit", LIMIT_MAX)
-        page = self.store.page(
-            kind,
-            target.namespace,
-            matches=matches,
-            limit=limit,
-            token=query.get("continue", ""),
-            version=version,
-        )
-        metadata: JsonObject = {"resourceVersion": str(page.version)}
-        if page.next:
-            metadata["continue"] = page.next
-        if page.remaining is not None:
-            metadata["remainingItemCount"] = page.remaining
-        items = [_served(obj, target) for obj in page.items]
-        if answer.shape == "Table":
-            include = query.get("includeObject", "Metadata")
-            document = table(
-                kind,
-                items,
-                self.store.now,
-                metadata=metadata,
-                include_object=include,
-                version=answer.meta_version,
-            )
-        elif answer.shape == "Metadata":
-            document = {
-                "kind": "PartialObjectMetadataList",
-                "apiVersion": f"meta.k8s.io/{answer.meta_version}",
-                "metadata": metadata,
-                "items": [_partial(obj, answer) for obj in items],
-            }
-        else:
-            document = {
-                "kind": kind.kind + "List",
-                "apiVersion": kind.api_version(target.version),
-                "metadata": metadata,
-                "items": items,
-            }
-        return _respond(document, encoding=answer.encoding)
-
-    async def _watch(self, request: web.Request, target: Target, answer: Answer) -> web.StreamResponse:
-        if len(self._watches) >= self._settings.watches_max:
-            raise too_many(f"more than {self._settings.watches_max} watches; close some")
-        query = request.query
-        initial = flag(query, "sendInitialEvents")
-        timeout_s = number(query, "timeoutSeconds", 86_400) or random.uniform(*_WATCH_S_DEFAULT)
-        options = WatchOptions(
-            namespace=target.namespace,
-            matches=matcher(target.kind, query.get("labelSelector", ""), query.get("fieldSelector", "")),
-            version=version_of(query),
-            bookmarks=flag(query, "allowWatchBookmarks"),
-            initial_events=initial,
-            timeout_s=timeout_s,
-            bookmark_interval_s=self._settings.bookmark_interval_s,
-            write_timeout_s=self._settings.write_timeout_s,
-        )
-        response = web.StreamResponse(headers={"Content-Type": "application/json"})
-        response.enable_chunked_encoding()
-        task = asyncio.current_task()
-        assert task is not None
-        self._watches.add(task)
-        try:
-            await response.prepare(request)
-            await serve(
-                self.store.history,
-                target.kind,
-                options,
-                lambda obj, first: self._shaped(query, target, answer, obj, first),
-                response.write,
-                target.kind.api_version(target.version),
-            )
-            await response.write_eof()
-        except (ConnectionError, TimeoutError):
-            if request.transport is not None:
-                request.transport.abort()
-        finally:
-            self._watches.discard(task)
-        return response
-
-    # --- writing ----------------------------------------------------------------------------------------
-
-    async def _create(self, request: web.Request, target: Target, answer: Answer, user: User) -> web.Response:
-        body, media = await _body(request)
-        if target.subresource:
-            return self._create_subresource(target, answer, decode(body, media))
-        if target.name:
-            raise method_not_allowed("POST")
-        obj = decode_object(body, media, target)
-        if target.kind.virtual:
-            return _respond(self._review(target, obj, user), 201, encoding=answer.encoding)
-        created = self.store.create(target.kind, target.namespace, obj, dry_run=dry_run(request.query))
-        return self._one(request, target, answer, created, 201)
-
-    def _create_subresource(self, target: Target, answer: Answer, body: Any) -> web.Response:
-        if not isinstance(body, dict):
-            raise bad_request("the object provided is unrecognized (must be an object)")
-        match target.subresource:
-            case "token":
-                document = self.tokens.request(target.namespace, target.name, body)
-                return _respond(document, 201, encoding=answer.encoding)
-            case "binding":
-                node = body.get("target")
-                node = node.get("name") if isinstance(node, dict) else None
-                if not isinstance(node, str) or not node:
-                    raise bad_request("target.name: Required value")
-                self.store.bind(target.namespace, target.name, node)
-                return _respond(_success(), 201)
-            case "eviction":
-                options = delete_options({}, body.get("deleteOptions"))
-                self.store.delete(target.kind, target.namespace, target.name, options)
-                return _respond(_success(), 201)
-        raise method_not_allowed("POST")
-
-    def _review(self, target: Target, review: JsonObject, user: User) -> JsonObject:
-        if target.kind is schema.TOKEN_REVIEW:
-            spec = review.get("spec")
-            if not isinstance(spec, dict) or not isinstance(spec.get("token", ""), str):
-                raise bad_request("spec.token: Required value")
-            return self.tokens.review_document(review)
-        head: JsonObject = {
-            "kind": target.kind.kind,
-            "apiVersion": target.kind.api_version(),
-            "metadata": {"creationTimestamp": timestamp(self.store.now)},
-        }
-        if target.kind is schema.SELF_REVIEW:
-            return {**head, "status": {"userInfo": user.document()}}
-        spec = review.get("spec") if isinstance(review.get("spec"), dict) else {}
-        asked = spec.get("resourceAttributes") if isinstance(spec, dict) else None
-        systems = self._settings.system_namespaces
-        if isinstance(asked, dict):
-            group, plural = str(asked.get("group", "")), str(asked.get("resource", ""))
-            resource = f"{plural}.{group}" if group else plural
-            may = access.allowed(user, str(asked.get("verb", "")), resource, str(asked.get("subresource", "")), systems)
-        else:
-            may = access.is_system(user, systems)
-        return {**head, "spec": spec, "status": {"allowed": may}}
-
-    async def _update(self, request: web.Request, target: Target, answer: Answer) -> web.Response:
-        body, media = await _body(request)
-        if target.subresource == "scale":
-            document = decode(body, media)
-            return self._set_scale(request, target, answer, lambda _: document)
-        obj = decode_object(body, media, target)
-        if target.subresource == "finalize":
-            return _respond(self.store.finalize_namespace(target.name), encoding=answer.encoding)
-        if target.subresource not in ("", "status"):
-            raise method_not_allowed("PUT")
-        live = self.store.get(target.kind, target.namespace, target.name)
-        track = track_update(_manager(request), timestamp(self.store.now), target.kind.custom, lambda _: obj)
-        obj["metadata"] = {} if obj.get("metadata") is None else obj["metadata"]
-        stored = self.store.replace(
-            target.kind,
-            target.namespace,
-            target.name,
-            track(live),
-            subresource=target.subresource,
-            dry_run=dry_run(request.query),
-        )
-        return self._one(request, target, answer, stored)
-
-    async def _patch(self, request: web.Request, target: Target, answer: Answer) -> web.Response:
-        body, media = await _body(request)
-        if media == "application/apply-patch+yaml" and not target.subresource.startswith("scale"):
-            return self._apply(request, target, answer, decode_object(body, media, target))
-        change = track_update(
-            _manager(request), timestamp(self.store.now), target.kind.custom, self._patcher(body, media, target)
-        )
-        if target.subresource == "scale":
-            return self._set_scale(request, target, answer, change)
-        if target.subresource not in ("", "status"):
-            raise method_not_allowed("PATCH")
-
-        def checked(obj: JsonObject) -> JsonObject:
-            result = change(_served(obj, target))
-            if result.get("kind") != target.kind.kind:
-                raise bad_request(f"the kind may not be changed by a patch ({result.get('kind')})")
-            return result
-
-        stored = self.store.modify(
-            target.kind,
-            target.namespace,
-            target.name,
-            checked,
-            subresource=target.subresource,
-            dry_run=dry_run(request.query),
-        )
-        return self._one(request, target, answer, stored)
-
-    def _apply(self, request: web.Request, target: Target, answer: Answer, config: JsonObject) -> web.Response:
-        manager = request.query.get("fieldManager", "")
-        if not manager:
-            raise bad_request("fieldManager is required for apply patch")
-        if target.subresource not in ("", "status"):
-            raise method_not_allowed("PATCH")
-        kind, dry = target.kind, dry_run(request.query)
-        if target.subresource == "" and kind.has_status() and kind is not schema.NODE:
-            config.pop("status", None)
-        live = self.store.find(kind, target.namespace, target.name)
-
-        def applied(obj: JsonObject | None) -> JsonObject:
-            return server_side_apply(
-                None if obj is None else _served(obj, target),
-                config,
-                manager=manager,
-                force=flag(request.query, "force"),
-                custom=kind.custom,
-                now=timestamp(self.store.now),
-            )
-
-        if live is not None:
-            stored = self.store.modify(
-                kind, target.namespace, target.name, applied, subresource=target.subresource, dry_run=dry
-            )
-            return self._one(request, target, answer, stored)
-        if target.subresource:
-            self.store.get(kind, target.namespace, target.name)
-        made = applied(None)
-        if made["metadata"].setdefault("name", target.name) != target.name:
-            raise bad_request(f"metadata.name: must be the name in the path ({target.name})")
-        return self._one(request, target, answer, self.store.create(kind, target.namespace, made, dry_run=dry), 201)
-
-    @staticmethod
-    def _patcher(body: bytes, media: str, target: Target) -> Callable[[JsonObject], JsonObject]:
-        document = decode(body, media)
-        match media:
-            case "application/json-patch+json":
-                return lambda obj: patch.json_patch(obj, document)
-            case "application/merge-patch+json" | "application/strategic-merge-patch+json":
-                if not isinstance(document, dict):
-                    raise bad_request("a patch of this kind must be an object")
-                if media == "application/merge-patch+json":
-                    return lambda obj: dict(patch.merge(obj, document))
-                if not target.kind.custom:
-                    return lambda obj: patch.strategic(obj, document)
-        known = ["application/json-patch+json", "application/merge-patch+json", "application/apply-patch+yaml"]
-        known += [] if target.kind.custom else ["application/strategic-merge-patch+json"]
-        raise unsupported_media_type(
-            "the body of the request was in an unknown format - accepted media types include: " + ", ".join(known)
-        )
-
-    def _set_scale(
-        self, request: web.Request, target: Target, answer: Answer, change: Callable[[JsonObject], Any]
-    ) -> web.Response:
-        obj = self.store.get(target.kind, target.namespace, target.name)
-        wanted = change(_scale(obj))
-        spec = wanted.get("spec") if isinstance(wanted, dict) else None
-        replicas = spec.get("replicas", 0) if isinstance(spec, dict) else None
-        if not isinstance(replicas, int) or isinstance(replicas, bool) or replicas < 0:
-            raise bad_request(f"spec.replicas: Invalid value: {replicas!r}: must be greater than or equal to 0")
-        seen = (wanted.get("metadata") or {}).get("resourceVersion")
-        if seen and seen != obj["metadata"]["resourceVersion"]:
-            raise conflict(target.kind.plural, target.kind.group, target.name)
-
-        def scaled(mine: JsonObject) -> None:
-            mine["spec"]["replicas"] = replicas
-
-        stored = self.store.modify(target.kind, target.namespace, target.name, scaled, dry_run=dry_run(request.query))
-        return _respond(_scale(stored), encoding=answer.encoding)
-
-    async def _delete(self, request: web.Request, target: Target, answer: Answer) -> web.Response:
-        if target.subresource:
-            raise method_not_allowed("DELETE")
-        options = delete_options(request.query, await _decoded(request))
-        obj, gone = self.store.delete(target.kind, target.namespace, target.name, options)
-        if not gone:
-            return self._one(request, target, answer, obj)
-        details = {"name": target.name, "kind": target.kind.plural, "uid": obj["metadata"]["uid"]}
-        if target.kind.group:
-            details["group"] = target.kind.group
-        return _respond(_success(details), encoding=answer.encoding)
-
-    async def _delete_collection(self, request: web.Request, target: Target, answer: Answer) -> web.Response:
-        query = request.query
-        options = delete_options(query, await _decoded(request))
-        matches = matcher(target.kind, query.get("labelSelector", ""), query.get("fieldSelector", ""))
-        deleted = []
-        for obj in self.store.page(target.kind, target.namespace, matches=matches).items:
-            metadata = obj["metadata"]
-            deleted.append(self.store.delete(target.kind, metadata.get("namespace", ""), metadata["name"], options)[0])
-        document = {
-            "kind": target.kind.kind + "List",
-            "apiVersion": target.kind.api_version(target.version),
-            "metadata": {"resourceVersion": str(self.store.history.version)},
-            "items": [_served(obj, target) for obj in deleted],
-        }
-        return _respond(document, encoding=answer.encoding)
-
-
-async def _body(request: web.Request) -> tuple[bytes, str]:
-    """The body and its media type; some clients name none, then its first bytes tell."""
-    body = await request.read()
-    if "Content-Type" in request.headers:
-        return body, request.content_type
-    return body, MEDIA_TYPE if is_protobuf(body) else "application/json"
-
-
-async def _decoded(request: web.Request) -> Any:
-    body, media = await _body(request)
-    return decode(body, media) if body else None
-
-
-def _verb(request: web.Request, target: Target) -> str:
-    method = request.method
-    if target.kind.virtual and method != "POST":
-        raise method_not_allowed(method)
-    match method:
-        case "GET" | "HEAD" if not target.name:
-            return "watch" if flag(request.query, "watch") else "list"
-        case "GET" | "HEAD":
-            return "get"
-        case "POST":
-            return "create"
-        case "PUT" if target.name:
-            return "update"
-        case "PATCH" if target.name:
-            return "patch"
-        case "DELETE":
-            return "delete" if target.name else "deletecollection"
-    raise method_not_allowed(method)
-
-
-def _manager(request: web.Request) -> str:
-    """The field manager of a write that names none: the client's program name, as in Kubernetes."""
-    return request.query.get("fieldManager") or request.headers.get("User-Agent", "").partition("/")[0] or "unknown"
-
-
-def _served(obj: JsonObject, target: Target) -> JsonObject:
-    """The object in the version of the path (kinds here differ between versions by name only)."""
-    wanted = target.kind.api_version(target.version)
-    return obj if obj.get("apiVersion") == wanted else {**obj, "apiVersion": wanted}
-
-
-def _partial(obj: JsonObject, answer: Answer) -> JsonObject:
-    return {
-        "kind": "PartialObjectMetadata",
-        "apiVersion": f"meta.k8s.io/{answer.meta_version}",
-        "metadata": obj["metadata"],
-    }
-
-
-def _scale(obj: JsonObject) -> JsonObject:
-    metadata = {
-        key: obj["metadata"][key]
-        for key in ("name", "namespace", "uid", "resourceVersion", "creationTimestamp")
-        if key in obj["metadata"]
-    }
-    status = {
-        "replicas": (obj.get("status") or {}).get("replicas", 0),
-        "selector": selector_text(obj["spec"].get("selector")),
-    }
-    spec = {"replicas": obj["spec"].get("replicas", 0)}
-    return {"kind": "Scale", "apiVersion": "autoscaling/v1", "metadata": metadata, "spec": spec, "status": status}
-
-
-def _success(details: JsonObject | None = None) -> JsonObject:
-    status: JsonObject = {"kind": "Status", "apiVersion": "v1", "metadata": {}, "status": "Success"}
-    if details:
-        status["details"] = details
-    return status
-
-
-def _respond(
-    document: JsonObject, code: int = 200, *, encoding: str = "json", headers: Mapping[str, str] | None = None
-) -> web.Response:
-    if encoding == "yaml":
-        text = yaml.safe_dump(document, sort_keys=False).encode()
-        return web.Response(body=text, status=code, content_type="application/yaml", headers=headers)
-    body = msgspec.json.encode(document)
-    return web.Response(body=body, status=code, content_type="application/json", headers=headers)
+        return respond(document)
