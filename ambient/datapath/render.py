@@ -43,7 +43,7 @@ def flag_names(prefix: str, flags: int) -> tuple[str, ...]:
     names = {
         value: name.removeprefix(prefix).lower()
         for name, value in LAYOUT.constants.items()
-        if name.startswith(prefix) and value and not value & (value - 1)
+        if name.startswith(prefix) and not name.endswith("_MAX") and value and not value & (value - 1)
     }
     known = tuple(names[bit] for bit in sorted(names) if flags & bit)
     rest = flags & ~sum(names)

@@ -61,9 +61,12 @@ class Compiled:
             if headers is not None:
                 os.environ["BCC_KERNEL_SOURCE"] = str(headers)
             try:
-                self._module = bcc.BPF(text=source_text(sources), cflags=["-I", str(sources / "include"), "-Wall"])
+                # bcc wants bytes and warns about text, except for flags, where it is the other way round.
+                flags = ["-I", str(sources / "include"), "-Wall"]
+                self._module = bcc.BPF(text=source_text(sources).encode(), cflags=flags)
             except Exception as error:
-                raise OurFault(f"the eBPF programs do not compile (headers: {self.headers}): {error}") from None
+                said = str(error)[-500:]
+                raise OurFault(f"the eBPF programs do not compile (headers: {self.headers}): {said}") from None
         self.maps = {name: self._map(name) for name in SPEC}
         self.programs = {hook.name: self._load(hook) for hook in bpf_links.HOOKS}
         self.seconds = time.monotonic() - started
@@ -77,7 +80,7 @@ class Compiled:
 
     def _load(self, hook: bpf_links.Hook) -> int:
         try:
-            function: Any = self._module.load_func(hook.name, hook.prog_type, attach_type=hook.attach_type)
+            function: Any = self._module.load_func(hook.name.encode(), hook.prog_type, attach_type=hook.attach_type)
         except Exception as error:
             raise PlatformFault(
                 f"the kernel ({os.uname().release}) refuses program {hook.name}: {error}: Linux 5.15 or newer and "
@@ -106,9 +109,10 @@ def loaded(bpffs_dir: Path, targets: dict[str, int]) -> bool:
     if not directory.is_dir():
         return False
     found = bpf_links.attachments(bpffs_dir)
-    elsewhere = [entry for entry in found if entry.target not in (None, 0, targets[entry.where])]
+    others = {entry.hook: entry.target for entry in found if entry.target not in (None, 0, targets[entry.where])}
+    elsewhere = {hook: path for hook, ident in others.items() if ident and (path := cgroup.path_of_id(ident))}
     if elsewhere:
-        names = ", ".join(f"{entry.hook} (cgroup id {entry.target})" for entry in elsewhere)
+        names = ", ".join(f"{hook} to {path}" for hook, path in elsewhere.items())
         raise PlatformFault(
             f"{directory}: already attached to other cgroups: {names}: unload it or use another directory"
         )

@@ -6,8 +6,10 @@ under the mount point, which is looked up and never assumed (/sys/fs/cgroup, /sy
 
 from __future__ import annotations
 
+import ctypes
 import errno
 import os
+import struct
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Final
@@ -22,6 +24,12 @@ PODS_CGROUPS: Final = (
     "kubelet/kubepods.slice",
 )
 """Where kubelets put pods, below the node's cgroup: cgroupfs and systemd drivers, and both inside kind."""
+
+_FILEID_KERNFS: Final = 0xFE
+"""include/linux/exportfs.h: a handle that is a cgroup's id."""
+
+_open_by_handle_at = ctypes.CDLL(None, use_errno=True).open_by_handle_at
+_open_by_handle_at.argtypes = (ctypes.c_int, ctypes.c_char_p, ctypes.c_int)
 
 
 def _unescape(text: str) -> str:
@@ -55,6 +63,25 @@ def cgroup_id(path: str | Path) -> int:
         return os.stat(path).st_ino
     except OSError as error:
         raise PlatformFault(f"cgroup {path}: {error.strerror}") from None
+
+
+def path_of_id(ident: int) -> Path | None:
+    """Where a cgroup is now; None if it was removed (a link to it may say its id for a while longer)."""
+    handle = struct.pack("=IiQ", 8, _FILEID_KERNFS, ident)
+    mount = os.open(mount_point(), os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        fd = _open_by_handle_at(mount, handle, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    finally:
+        os.close(mount)
+    if fd < 0:
+        number = ctypes.get_errno()
+        if number in (errno.ESTALE, errno.ENOENT):
+            return None
+        raise PlatformFault(f"cgroup with id {ident}: {os.strerror(number)}")
+    try:
+        return Path(os.readlink(f"/proc/self/fd/{fd}"))
+    finally:
+        os.close(fd)
 
 
 def create(path: str | Path) -> Path:

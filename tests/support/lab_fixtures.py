@@ -1,0 +1,58 @@
+"""One lab for all tests of a session: the programs are compiled and loaded once."""
+
+from __future__ import annotations
+
+import pytest
+
+from tests.support.netlab import Lab, Node, Pod, until
+from tests.support.require import require
+
+
+@pytest.fixture(scope="session")
+def lab(tmp_path_factory):
+    require("net", "bpf", "gcc")
+    lab = Lab(tmp_path_factory.mktemp("netlab"))
+    yield lab
+    lab.close()
+
+
+@pytest.fixture(scope="session")
+def loaded_node(lab) -> Node:
+    return lab.node("n1")
+
+
+@pytest.fixture
+def node(loaded_node):
+    """A node with default settings. Whatever a test did, no per-flow entry may be left in the kernel after it."""
+    loaded_node.reset()
+    yield loaded_node
+    until(lambda: not loaded_node.leftovers(), f"entries die with their sockets: {loaded_node.leftovers()}")
+
+
+@pytest.fixture
+def make_pod(node):
+    pods: list[Pod] = []
+
+    def make(**arguments) -> Pod:
+        pods.append(node.pod(**arguments))
+        return pods[-1]
+
+    yield make
+    for pod in pods:
+        pod.close()
+
+
+@pytest.fixture
+def a(make_pod) -> Pod:
+    """An enrolled pod."""
+    pod = make_pod()
+    pod.enrol()
+    return pod
+
+
+@pytest.fixture
+def b(make_pod) -> Pod:
+    """Another one."""
+    pod = make_pod()
+    pod.enrol()
+    return pod
