@@ -256,6 +256,12 @@ class Maps:
                 return
         self.enrolled[netns_cookie] = value
 
+    def redirect_of(self, cookie: int) -> v.RedirectValue | None:
+        """The record of an accepted connection, by its SO_COOKIE. It stays as long as the socket: sock_ops deletes it
+        at the close, so the map shows what is captured right now. None: it was not captured, close it."""
+        raw = self._redirects.lookup(cookie.to_bytes(8, "little") + bytes(32))
+        return None if raw is None else v.RedirectValue.decode(raw)
+
     def take_redirect(self, cookie: int) -> v.RedirectValue | None:
         """The record of an accepted connection, by its SO_COOKIE; once. None: it was not captured, close it."""
         raw = self._redirects.take(cookie.to_bytes(8, "little") + bytes(32))

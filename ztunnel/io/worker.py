@@ -90,7 +90,7 @@ class LazyMaps:
 
     def take_redirect(self, cookie: int) -> Redirect | None:
         try:
-            return self._open().take_redirect(cookie)
+            return self._open().redirect_of(cookie)
         except LayoutMismatch:
             return None
 
