@@ -1,0 +1,202 @@
+"""Half-close, resets, backpressure, and a thousand connections at once, through two worker processes."""
+
+from __future__ import annotations
+
+import hashlib
+import random
+import selectors
+import socket
+import struct
+import threading
+from collections.abc import Iterator
+
+import pytest
+
+from tests.support.require import require
+from tests.ztunnel.harness import Mesh, mesh, wait_until
+
+pytestmark = pytest.mark.net
+RESET = struct.pack("ii", 1, 0)
+
+
+@pytest.fixture(scope="module")
+def path() -> Iterator[Mesh]:
+    require("net")
+    with mesh() as it:
+        yield it
+
+
+@pytest.fixture
+def listener(path: Mesh) -> Iterator[socket.socket]:
+    sock = path.b.listen(path.ip, path.port)
+    yield sock
+    sock.close()
+
+
+def connected(path: Mesh, listener: socket.socket) -> tuple[socket.socket, socket.socket]:
+    near = path.connect()
+    near.sendall(b"?")
+    far, _ = listener.accept()
+    far.settimeout(20)
+    assert far.recv(1) == b"?"
+    return near, far
+
+
+def test_each_side_may_end_first_and_the_other_goes_on(path: Mesh, listener: socket.socket):
+    for first in (0, 1):
+        ends = connected(path, listener)
+        early, late = ends[first], ends[1 - first]
+        early.shutdown(socket.SHUT_WR)
+        assert late.recv(10) == b""
+        for _ in range(3):
+            late.sendall(b"x" * 100_000)
+            got = 0
+            while got < 100_000:
+                got += len(early.recv(1 << 16))
+        late.close()
+        assert early.recv(10) == b""
+        early.close()
+
+
+@pytest.mark.parametrize("who", ["client", "server"])
+def test_a_reset_arrives_as_a_reset(path: Mesh, listener: socket.socket, who: str):
+    near, far = connected(path, listener)
+    resetting, told = (near, far) if who == "client" else (far, near)
+    resetting.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, RESET)
+    resetting.close()
+    with pytest.raises(ConnectionResetError):
+        told.recv(10)
+    told.close()
+
+
+def test_a_plain_close_is_no_reset(path: Mesh, listener: socket.socket):
+    near, far = connected(path, listener)
+    near.close()
+    assert far.recv(10) == b""
+    far.close()
+
+
+def fill(sock: socket.socket) -> int:
+    """Send until nothing more is taken for a while."""
+    sock.settimeout(1.0)
+    sent = 0
+    try:
+        while sent < 256 * 1024 * 1024:
+            sent += sock.send(b"z" * 65536)
+    except TimeoutError:
+        pass
+    return sent
+
+
+@pytest.mark.parametrize("who", ["client", "server"])
+def test_a_reader_that_stops_stops_its_sender_and_no_neighbour(path: Mesh, listener: socket.socket, who: str):
+    near, far = connected(path, listener)
+    sender, slow = (near, far) if who == "client" else (far, near)
+    rss = path.client.rss_mb() + path.server.rss_mb()
+    sent = fill(sender)
+    assert 0 < sent < 64 * 1024 * 1024
+    assert path.client.rss_mb() + path.server.rss_mb() < rss + 32
+    for _ in range(3):
+        other_near, other_far = connected(path, listener)
+        other_near.sendall(b"n" * 300_000)
+        got = 0
+        while got < 300_000:
+            got += len(other_far.recv(1 << 16))
+        other_far.sendall(b"back")
+        assert other_near.recv(10) == b"back"
+        other_near.close()
+        other_far.close()
+    sender.shutdown(socket.SHUT_WR)
+    got = 0
+    while data := slow.recv(1 << 20):
+        got += len(data)
+    assert got == sent
+    near.close()
+    far.close()
+
+
+def test_a_connection_to_a_closed_port_is_reset_and_logged_with_its_status(path: Mesh):
+    path.client.control.events.clear()
+    with pytest.raises(ConnectionResetError):
+        path.connect().recv(10)
+    events = wait_until(lambda: path.client.control.events, "an event")
+    assert (events[-1].event, events[-1].flags, events[-1].error) == ("failed", "CONNECT", "http status: 503")
+
+
+def serve_digests(listener: socket.socket, stop: threading.Event) -> None:
+    """For each connection: read to the end, answer digest and length, and echo the number of bytes asked for."""
+    selector = selectors.DefaultSelector()
+    listener.setblocking(False)
+    selector.register(listener, selectors.EVENT_READ, None)
+    while not stop.is_set():
+        for key, _ in selector.select(0.1):
+            if key.data is None:
+                try:
+                    sock, _ = listener.accept()
+                except BlockingIOError:
+                    continue
+                sock.setblocking(False)
+                selector.register(sock, selectors.EVENT_READ, [hashlib.sha256(), 0, b""])
+                continue
+            sock, state = key.fileobj, key.data
+            assert isinstance(sock, socket.socket)
+            data = sock.recv(1 << 18)
+            if data:
+                state[0].update(data)
+                state[1] += len(data)
+                state[2] = (state[2] + data)[:8]
+                continue
+            selector.unregister(sock)
+            sock.settimeout(30)
+            (want,) = struct.unpack(">Q", state[2])
+            body = random.Random(want).randbytes(want)
+            sock.sendall(state[0].digest() + struct.pack(">Q", state[1]) + body)
+            sock.close()
+    listener.close()
+
+
+def test_a_thousand_connections_at_once_with_random_sizes_and_half_closes_are_byte_exact(path: Mesh):
+    listener = path.b.listen(path.ip, path.port)
+    stop = threading.Event()
+    server = threading.Thread(target=serve_digests, args=(listener, stop))
+    server.start()
+    choose = random.Random(7)
+    try:
+        socks = []
+        for _ in range(1000):
+            sock = path.connect()
+            sock.setblocking(False)
+            size = int(2 ** choose.uniform(0, 17))
+            want = int(2 ** choose.uniform(0, 16))
+            body = struct.pack(">Q", want) + choose.randbytes(size)
+            socks.append([sock, body, 0, want, bytearray()])
+        wait_until(lambda: path.server.control.event_count > 0, "first events")
+        selector = selectors.DefaultSelector()
+        for state in socks:
+            selector.register(state[0], selectors.EVENT_READ | selectors.EVENT_WRITE, state)
+        open_count = 1000
+        while open_count:
+            ready = selector.select(20)
+            assert ready, f"{open_count} connections are stuck"
+            for key, mask in ready:
+                sock, body, at, want, got = state = key.data
+                if mask & selectors.EVENT_WRITE:
+                    step = choose.randrange(1, 20_000)
+                    state[2] += sock.send(body[at : at + step])
+                    if state[2] == len(body):
+                        sock.shutdown(socket.SHUT_WR)
+                        selector.modify(sock, selectors.EVENT_READ, state)
+                if mask & selectors.EVENT_READ:
+                    data = sock.recv(1 << 16)
+                    got += data
+                    if not data:
+                        selector.unregister(sock)
+                        sock.close()
+                        open_count -= 1
+                        assert got[:32] == hashlib.sha256(body).digest()
+                        assert got[32:40] == struct.pack(">Q", len(body))
+                        assert bytes(got[40:]) == random.Random(want).randbytes(want)
+    finally:
+        stop.set()
+        server.join()
+    assert path.client.rss_mb() < 60 and path.server.rss_mb() < 60
