@@ -30,12 +30,12 @@ REQUESTS = 5
 ONLY_FRONTEND = """
 apiVersion: security.istio.io/v1
 kind: AuthorizationPolicy
-metadata: {name: only-frontend-prices, namespace: shop}
+metadata: {name: only-frontend-asks-prices, namespace: shop}
 spec:
   selector: {matchLabels: {app: catalog}}
-  action: ALLOW
+  action: DENY
   rules:
-  - from: [{source: {principals: [cluster.local/ns/shop/sa/frontend]}}]
+  - from: [{source: {notPrincipals: [cluster.local/ns/shop/sa/frontend]}}]
 """
 STRICT = """
 apiVersion: security.istio.io/v1
@@ -283,7 +283,7 @@ class Demo:
         for node in ("node1", "node2"):
             text = self.driver.ambient("lab", "logs", "--name", self.driver.lab.name, node)
             for line in reversed(text.splitlines()):
-                if "only-frontend-prices" in line or ("denied" in line and "ns/shop/sa/client" in line):
+                if "shop/only-frontend-asks-prices" in line and "ns/shop/sa/client" in line:
                     return line.strip()
         return ""
 
