@@ -60,6 +60,7 @@ def decide_verdict(
         identity = Identity.parse(ask.identity) if ask.identity else None
     except ValueError:
         return answer(False, "malformed", for_every_source=False)
+    touched.address(destination_ip)
     if local.owner(destination_ip) is not pod:
         return answer(False, "wrong_address")
     if not 0 < ask.port <= 65535:
