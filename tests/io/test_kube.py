@@ -326,7 +326,7 @@ async def test_a_line_without_end_is_refused(
     api: Api, client: KubeClient, seen: Seen, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(kube, "LINE_BYTES_MAX", 100_000)
-    api.list(version=7).watch(bookmark(8), b'{"type": "' + b"x" * 200_000)
+    api.list(version=7).watch(bookmark(8), b'{"type": "' + b"x" * 200_000, hang=True)
     async with Running(client, seen):
         await api.watched(2)
     assert api.watch_queries[1]["resourceVersion"] == "8"
