@@ -20,7 +20,7 @@ from typing import Any, Final
 
 from ambient.datapath.layout import LAYOUT
 from ambient.errors import AmbientError, ConfigFault
-from ambient.io import logs
+from ambient.io import bpf_links, logs
 from ambient.io.bpf_maps import Maps
 from ambient.io.ca_client import await_acknowledged
 from ambient.io.kube import ApiStatus, KubeClient
@@ -181,6 +181,9 @@ class Agent:
                 maps.close()
                 raise
             await self._pods.restore(self._kernel, self._holder, await self._holder.connect())
+            if old := bpf_links.other_versions(self._settings.bpffs_dir):
+                log.info("removing the programs of earlier versions: %s", ", ".join(old))
+                bpf_links.unload(self._settings.bpffs_dir, old)
         self._problems.pop("kernel", None)
         self._operating.set()
         async with asyncio.TaskGroup() as tasks:

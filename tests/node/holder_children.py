@@ -117,6 +117,8 @@ if __name__ == "__main__":
     if role == "holder":
         script = os.path.abspath(__file__)
         argv = [(sys.executable, script, name, config) for name in ("agent", "ztunnel")]
+        if len(sys.argv) > 3:  # with the real agent
+            argv[0] = (sys.executable, "-m", "ambient.node.agent", "--config", config)
         sys.exit(Holder(settings, argv[0], argv[1]).run())
     if role == "agent":
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
