@@ -62,6 +62,9 @@ class Ztunnel:
                 connection, _ = listener.accept()
             except BlockingIOError:
                 return
+            except OSError:  # shut down: the pod leaves the mesh
+                self.selector.unregister(fd)
+                return
         connection.sendall(str(os.getpid()).encode())
         connection.close()
 

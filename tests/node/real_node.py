@@ -16,6 +16,7 @@ import socket
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
@@ -24,7 +25,6 @@ import aiohttp
 import msgspec
 
 from ambient.io import bpf_links, bpffs, cgroup
-from ambient.io.bpf_load import load
 from ambient.io.bpf_maps import Maps
 from ambient.io.kube import KubeClient
 from ambient.io.kube_auth import from_kubeconfig
@@ -52,20 +52,22 @@ def build_stub() -> Path:
 class Sandbox:
     """A pod's namespace and its one process, which nobody may touch."""
 
-    def __init__(self, name: str, address: str, directory: Path) -> None:
+    def __init__(self, name: str, address: str, directory: Path, outside: str) -> None:
         self.name, self.address, self.cgroup = name, address, directory
         self.path = f"/run/netns/{name}"
         self.process: subprocess.Popen[bytes] | None = None
+        end = f"v{name.rpartition('-')[2]}"
         for argv in (
-            ["ip", "netns", "add", name],
-            ["ip", "-n", name, "link", "set", "lo", "up"],
-            ["ip", "-n", name, "link", "add", "eth0", "type", "dummy"],
-            ["ip", "-n", name, "address", "add", f"{address}/24", "dev", "eth0"],
-            ["ip", "-n", name, "-6", "address", "add", f"fd00:77::{address.rpartition('.')[2]}/64", "dev", "eth0", "nodad"],
-            ["ip", "-n", name, "link", "set", "eth0", "up"],
-            ["ip", "-n", name, "route", "add", "default", "dev", "eth0"],
+            f"ip netns add {name}",
+            f"ip -n {name} link set lo up",
+            f"ip -n {outside} link add {end} type veth peer name eth0 netns {name}",
+            f"ip -n {outside} link set {end} master br0 up",
+            f"ip -n {name} address add {address}/24 dev eth0",
+            f"ip -n {name} -6 address add {self.addresses[1]}/64 dev eth0 nodad",
+            f"ip -n {name} link set eth0 up",
+            f"ip -n {name} route add default via 10.77.0.1",
         ):
-            subprocess.run(argv, check=True)
+            subprocess.run(argv.split(), check=True)
 
     @property
     def addresses(self) -> list[str]:
@@ -115,6 +117,16 @@ class RealNode:
     def prepare(self, port: int) -> None:
         for name in ("kubepods", "kubelet", "agent", "ztunnel"):
             cgroup.create(self.cgroup / name)
+        net = f"{self.tag}-net"
+        for argv in (
+            f"ip netns add {net}",
+            f"ip -n {net} link set lo up",
+            f"ip -n {net} link add br0 type bridge",
+            f"ip -n {net} link set br0 up",
+            f"ip -n {net} address add 10.77.0.1/24 dev br0",
+            f"ip -n {net} -6 address add fd00:77::1/64 dev br0 nodad",
+        ):
+            subprocess.run(argv.split(), check=True)
         (self.directory / "kubeconfig").write_text(self.api.kubeconfig(f"https://127.0.0.1:{port}"))
         self.settings = self.control.node(
             NODE,
@@ -180,7 +192,7 @@ class RealNode:
         async def look() -> bool:
             return bool((await self.status())["ready"])
 
-        await self.until(look, "the agent is ready")
+        await self.until(look, "the agent is ready", 60)
 
     async def state(self, name: str) -> dict[str, Any]:
         pods = (await self.status())["pods"]
@@ -227,7 +239,7 @@ class RealNode:
 
     def sandbox(self, pod: Pod, address: str) -> Sandbox:
         name = f"{self.tag}-{len(self.sandboxes)}"
-        made = Sandbox(name, address, self.cgroup / "kubepods" / f"pod{pod.metadata.uid}")
+        made = Sandbox(name, address, self.cgroup / "kubepods" / f"pod{pod.metadata.uid}", f"{self.tag}-net")
         self.sandboxes.append(made)
         return made
 
@@ -257,6 +269,16 @@ class RealNode:
         )
         out, _ = await process.communicate(json.dumps(config).encode())
         return process.returncode or 0, json.loads(out) if out.strip() else None
+
+    def dial_from_outside(self, address: str, port: int) -> str:
+        """A connection of somebody outside the mesh: what it receives, or the error."""
+        code = (
+            "import socket\n"
+            f"try:\n s = socket.create_connection(({address!r}, {port}), timeout=8); print(s.recv(32).decode())\n"
+            "except OSError as e: print(type(e).__name__)\n"
+        )
+        argv = ["nsenter", f"--net=/run/netns/{self.tag}-net", sys.executable, "-c", code]
+        return subprocess.run(argv, capture_output=True, timeout=20).stdout.decode().strip()
 
     def maps(self) -> Maps:
         return Maps.open(self.bpffs)
@@ -289,6 +311,7 @@ class RealNode:
         self.stop()
         for sandbox in self.sandboxes:
             sandbox.remove()
+        subprocess.run(["ip", "netns", "del", f"{self.tag}-net"], stderr=subprocess.DEVNULL)
         with contextlib.suppress(Exception):
             bpf_links.unload(self.bpffs)
             bpffs.remove_tree(self.bpffs)
@@ -309,12 +332,11 @@ async def real_node() -> AsyncIterator[RealNode]:
     await api.start()
     (directory / "admin").write_text(api.kubeconfig(f"https://127.0.0.1:{port}"))
     client = KubeClient(from_kubeconfig(str(directory / "admin")))
-    control = ControlPlane(directory, Now(1_800_000_000.0))
+    control = ControlPlane(directory, Now(time.time()))
     node = RealNode(directory, api, client, control)
     try:
         async with control:
             node.prepare(port)
-            await asyncio.to_thread(load, node.bpffs, node.cgroup, node.cgroup / "kubepods")
             node.start()
             await node.ready()
             yield node

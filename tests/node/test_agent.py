@@ -1,0 +1,465 @@
+"""The real agent and holder on real kernel maps and namespaces; only ztunnel is a stand-in.
+
+Each test has pods and addresses of its own on one node. A pod's process is never touched: its number is the
+same at the end of every test that changes its membership.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import socket
+import subprocess
+import time
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import msgspec
+import pytest
+import pytest_asyncio
+
+from ambient.datapath.entries import ENROLLED, LOCAL
+from ambient.io import bpf_links
+from ambient.manifest.kinds import POD
+from ambient.manifest.mesh import REDIRECTION
+from ambient.model.address import parse_ip
+from ambient.model.workload import Port, Service, TunnelProtocol, Workload
+from ambient.model.world import World
+from ambient.node import cni
+from ambient.node.pods import NOT_ENROLLED
+from tests.node.real_node import NODE, RealNode, Sandbox, real_node
+from tests.support.require import require
+
+pytestmark = [pytest.mark.asyncio(loop_scope="module"), pytest.mark.bpf, pytest.mark.net]
+
+
+@pytest_asyncio.fixture(scope="module", loop_scope="module")
+async def node() -> AsyncIterator[RealNode]:
+    require("bpf")
+    async with real_node() as node:
+        await node.namespace("shop", "ambient")
+        await node.namespace("plain")
+        yield node
+
+
+_last = 10
+
+
+def address() -> str:
+    global _last
+    _last += 1
+    return f"10.77.0.{_last}"
+
+
+async def added(node: RealNode, name: str, namespace: str = "shop", **more: object) -> tuple[object, Sandbox]:
+    """A pod made as the kubelet makes one: ADD, then its process, then its status."""
+    pod = await node.pod(name, namespace, **more)
+    sandbox = node.sandbox(pod, address())
+    code, result = await node.cni("ADD", pod, sandbox)
+    assert code == 0, result
+    sandbox.start()
+    await node.running(pod, sandbox.addresses)
+    return pod, sandbox
+
+
+async def gone(node: RealNode, pod: object, sandbox: Sandbox) -> None:
+    code, _ = await node.cni("DEL", pod, sandbox)
+    assert code == 0
+    await node.client.delete(POD, pod.name, pod.namespace)
+
+
+async def test_add_enrols_before_it_answers_and_passes_the_result_on(node: RealNode) -> None:
+    pod = await node.pod("born", "shop")
+    sandbox = node.sandbox(pod, address())
+    code, result = await node.cni("ADD", pod, sandbox)
+    assert code == 0 and [i["address"] for i in result["ips"]] == [f"{a}/24" for a in sandbox.addresses]
+    with node.maps() as maps:
+        entry = maps.workloads[sandbox.address]
+        assert entry.flags == LOCAL | ENROLLED
+        assert maps.workloads[sandbox.addresses[1]] == entry
+        mine = [v for _, v in maps.enrolled.items() if v.workload == entry.workload]
+        assert [(v.address4, v.address6) for v in mine] == [tuple(sandbox.addresses)]
+    assert pod.metadata.uid in bpf_links.attached_pods(node.bpffs)
+    assert (await node.get("born", "shop")).annotations[REDIRECTION] == "enabled"
+    sandbox.start()
+    ztunnel = str(node.pid("ztunnel"))
+    assert sandbox.dial("10.77.200.1", 80) == ztunnel  # captured: nobody is known yet
+    assert sandbox.dial("fd00:77::c8", 80) == ztunnel
+    assert node.dial_from_outside(sandbox.address, 80) == ztunnel  # steered
+    assert node.dial_from_outside(sandbox.addresses[1], 80) == ztunnel
+    await gone(node, pod, sandbox)
+
+
+async def test_add_of_an_unlabelled_pod_passes_at_once(node: RealNode) -> None:
+    pod, sandbox = await added(node, "plain", "plain")
+    assert (await node.reaches("plain", "not_enrolled"))["reason"] == ""
+    assert pod.metadata.uid not in bpf_links.attached_pods(node.bpffs)
+    assert REDIRECTION not in (await node.get("plain", "plain")).annotations
+    with node.maps() as maps:
+        assert maps.workloads[sandbox.address].flags == LOCAL
+    await gone(node, pod, sandbox)
+    assert node.traces(sandbox.addresses, pod.metadata.uid) == []
+
+
+async def test_del_leaves_no_entry_and_may_be_repeated(node: RealNode) -> None:
+    pod, sandbox = await added(node, "ends")
+    state = await node.state("ends")
+    with node.maps() as maps:
+        maps.authorize_delivery(
+            sandbox.address, 80, sandbox.address, 40000, workload=1, client="10.77.0.200", client_port=1
+        )
+    assert len(node.traces(sandbox.addresses, pod.metadata.uid, state["netns_cookie"])) > 8
+    for _ in range(2):
+        code, _ = await node.cni("DEL", pod, sandbox, CNI_NETNS="")
+        assert code == 0
+        assert node.traces(sandbox.addresses, pod.metadata.uid, state["netns_cookie"]) == []
+    # what the API still says of the pod's address is not believed
+    await node.running(pod, sandbox.addresses)
+    later, other = await added(node, "after")
+    assert node.traces(sandbox.addresses, pod.metadata.uid) == []
+    await gone(node, later, other)
+    await node.client.delete(POD, "ends", "shop")
+
+
+async def test_a_reused_address_has_another_owner_and_generation(node: RealNode) -> None:
+    first, sandbox = await added(node, "first")
+    with node.maps() as maps:
+        before = maps.workloads[sandbox.address]
+    # DEL is lost: the agent learns of the reuse by the next ADD only
+    second = await node.pod("second", "shop")
+    sandbox.remove()
+    reused = node.sandbox(second, sandbox.address)
+    code, result = await node.cni("ADD", second, reused)
+    assert code == 0, result
+    with node.maps() as maps:
+        after = maps.workloads[sandbox.address]
+    assert after.workload != before.workload and after.generation > before.generation
+    assert first.metadata.uid not in bpf_links.attached_pods(node.bpffs)
+    await gone(node, second, reused)
+    await node.client.delete(POD, "first", "shop")
+
+
+async def test_a_late_del_of_an_earlier_sandbox_does_not_touch_the_new_one(node: RealNode) -> None:
+    pod, sandbox = await added(node, "again")
+    newer = node.sandbox(pod, address())
+    code, _ = await node.cni("ADD", pod, newer, container="c-second")
+    assert code == 0
+    code, _ = await node.cni("DEL", pod, sandbox)  # of the first container
+    assert code == 0
+    with node.maps() as maps:
+        assert newer.address in maps.workloads and sandbox.address not in maps.workloads
+    code, _ = await node.cni("DEL", pod, newer, container="c-second")
+    assert node.traces(newer.addresses, pod.metadata.uid) == []
+    await node.client.delete(POD, "again", "shop")
+
+
+async def test_labels_enrol_and_release_a_living_pod_without_touching_it(node: RealNode) -> None:
+    await node.namespace("flips")
+    pod, sandbox = await added(node, "lives", "flips")
+    server = sandbox.spawn(
+        "import socket\nfor f, a in ((2, '0.0.0.0'),):\n"
+        " s = socket.create_server((a, 8080)); print('up', flush=True)\n"
+        " while True:\n  c, _ = s.accept(); c.sendall(b'app'); c.close()",
+        stdout=subprocess.PIPE,
+    )
+    assert server.stdout is not None and server.stdout.readline() == b"up\n"
+    assert node.dial_from_outside(sandbox.address, 8080) == "app"
+    began = time.monotonic()
+    await node.label("flips", "ambient")
+    await node.reaches("lives", "enrolled")
+    assert time.monotonic() - began < 3
+    await node.until(lambda: _annotated(node, "lives", "flips", True), "the annotation")
+    ztunnel = str(node.pid("ztunnel"))
+    assert node.dial_from_outside(sandbox.address, 8080) == ztunnel
+    assert sandbox.dial("10.77.200.1", 80) == ztunnel
+    # its peers know already, so nobody has to be waited for
+    known = Workload(uid="Kubernetes//Pod/flips/lives", name="lives", namespace="flips", node=NODE)
+    node.control.discovery.set_world(World.of([known]))
+    await node.label("flips", None)
+    await node.reaches("lives", "not_enrolled", 40)
+    assert not await _annotated(node, "lives", "flips", True)
+    assert node.dial_from_outside(sandbox.address, 8080) == "app"
+    assert node.traces([], pod.metadata.uid) == []
+    with node.maps() as maps:
+        assert maps.workloads[sandbox.address].flags == LOCAL
+    assert server.poll() is None and sandbox.process is not None and sandbox.process.poll() is None
+    await node.label("flips", "ambient")  # the ports of the first time are free again
+    await node.reaches("lives", "enrolled")
+    server.kill()
+    server.wait()
+    server.stdout.close()
+    await gone(node, pod, sandbox)
+
+
+async def _annotated(node: RealNode, name: str, namespace: str, wanted: bool) -> bool:
+    return ((await node.get(name, namespace)).annotations.get(REDIRECTION) == "enabled") is wanted
+
+
+async def test_a_label_that_flips_back_cuts_the_draining_short(node: RealNode) -> None:
+    await node.namespace("waver", "ambient")
+    pod, sandbox = await added(node, "wavers", "waver")
+    await node.label("waver", None)
+    await node.reaches("wavers", "leaving")
+    await node.label("waver", "ambient")
+    began = time.monotonic()
+    await node.reaches("wavers", "enrolled", 20)
+    assert time.monotonic() - began < 9  # an acknowledgement that does not come, and no drain of 10 s
+    assert node.dial_from_outside(sandbox.address, 80) == str(node.pid("ztunnel"))
+    await gone(node, pod, sandbox)
+
+
+async def test_del_does_not_wait_for_a_pod_that_is_leaving(node: RealNode) -> None:
+    await node.namespace("quits", "ambient")
+    pod, sandbox = await added(node, "quits", "quits")
+    await node.label("quits", None)
+    await node.reaches("quits", "leaving")
+    began = time.monotonic()
+    code, _ = await node.cni("DEL", pod, sandbox)
+    assert code == 0 and time.monotonic() - began < 2
+    assert node.traces(sandbox.addresses, pod.metadata.uid) == []
+    await node.client.delete(POD, "quits", "quits")
+
+
+async def test_a_pod_from_before_the_plugin_is_found_by_its_processes(node: RealNode) -> None:
+    pod = await node.pod("old", "shop")
+    sandbox = node.sandbox(pod, address())
+    sandbox.start()
+    await node.running(pod, sandbox.addresses)
+    await node.reaches("old", "enrolled")
+    assert node.dial_from_outside(sandbox.address, 80) == str(node.pid("ztunnel"))
+    await gone(node, pod, sandbox)
+    assert node.traces(sandbox.addresses, pod.metadata.uid) == []
+
+
+async def test_a_killed_agent_finds_everything_as_it_left_it(node: RealNode) -> None:
+    pod, sandbox = await added(node, "stays")
+    ending, lost = await added(node, "lost")
+    await node.reaches("stays", "enrolled")
+    with node.maps() as maps:
+        before = (
+            maps.workloads[sandbox.address],
+            dict(maps.enrolled.items()),
+            sorted(map(str, maps.listeners.items())),
+        )
+    holder = node.pid("holder")
+    os.kill(node.pid("agent"), signal.SIGSTOP)  # neither DEL nor API is heard any more
+    await node.client.delete(POD, "lost", "shop")
+    lost.remove()
+    await node.kill("agent")
+    assert sandbox.dial("10.77.200.1", 80) == str(node.pid("ztunnel"))  # goes on without an agent
+    await node.ready()
+    await node.reaches("stays", "enrolled")
+    with node.maps() as maps:
+        after = (maps.workloads[sandbox.address], dict(maps.enrolled.items()), sorted(map(str, maps.listeners.items())))
+    assert after[0] == before[0]
+    assert set(after[1]) == {k for k, v in before[1].items() if v.address4 != lost.address}
+    assert set(after[2]) == {k for k in before[2] if lost.address not in k and lost.addresses[1] not in k}
+    assert node.traces(lost.addresses, ending.metadata.uid) == []
+    assert node.dial_from_outside(sandbox.address, 80) == str(node.pid("ztunnel"))
+    assert node.pid("holder") == holder
+    await gone(node, pod, sandbox)
+
+
+async def test_a_killed_ztunnel_and_holder_lose_no_listener(node: RealNode) -> None:
+    pod, sandbox = await added(node, "kept")
+    old = node.pid("ztunnel")
+    os.kill(old, signal.SIGKILL)
+    assert node.dial_from_outside(sandbox.address, 80) not in ("", str(old))  # it waited in the listener
+    assert node.holder is not None
+    node.holder.kill()
+    node.holder.wait()
+    agent = node.pid("agent")
+    assert node.dial_from_outside(sandbox.address, 80) == str(node.pid("ztunnel"))
+    node.start()
+    await node.until(lambda: _holder_connected(node), "the agent found the new holder")
+    assert node.pid("agent") == agent
+    await node.kill("ztunnel")
+    assert node.dial_from_outside(sandbox.address, 80) == str(node.pid("ztunnel"))
+    later, other = await added(node, "later")
+    assert node.dial_from_outside(other.address, 80) == str(node.pid("ztunnel"))
+    await gone(node, later, other)
+    await gone(node, pod, sandbox)
+
+
+async def _holder_connected(node: RealNode) -> bool:
+    status = await node.status()
+    return bool(status.get("holder", {}).get("connected")) and node.pid("holder") == node.holder.pid  # type: ignore[union-attr]
+
+
+async def test_without_an_agent_add_fails_and_del_succeeds(node: RealNode) -> None:
+    living, home = await added(node, "before")
+    pod = await node.pod("unlucky", "shop")
+    sandbox = node.sandbox(pod, address())
+    away = node.run_dir / "cni.sock"
+    hidden = away.rename(node.run_dir / "hidden.sock")  # what a stopped agent leaves: nobody at the path
+    try:
+        code, result = await node.cni("ADD", pod, sandbox)
+        assert code != 0 and result["code"] == cni.TRY_AGAIN_LATER and "agent" in result["msg"]
+        code, _ = await node.cni("DEL", pod, sandbox)
+        assert code == 0
+        assert home.dial("10.77.200.1", 80) == str(node.pid("ztunnel"))
+    finally:
+        hidden.rename(away)
+    code, _ = await node.cni("ADD", pod, sandbox)
+    assert code == 0
+    await gone(node, pod, sandbox)
+    await gone(node, living, home)
+
+
+async def test_an_application_on_a_mesh_port_is_refused_with_a_reason(node: RealNode) -> None:
+    await node.namespace("clash")
+    pod, sandbox = await added(node, "clashes", "clash")
+    squatter = sandbox.spawn(
+        "import socket, signal\ns = socket.create_server(('0.0.0.0', 15008)); print('up', flush=True); signal.pause()",
+        stdout=subprocess.PIPE,
+    )
+    assert squatter.stdout is not None and squatter.stdout.readline() == b"up\n"
+    await node.label("clash", "ambient")
+    state = await node.reaches("clashes", "refused")
+    assert state["reason"] == "mesh_port_in_use" and "15008" in state["detail"]
+    await node.until(lambda: _told(node, "clashes", "clash", "mesh_port_in_use"), "the reason on the pod")
+    assert node.traces([], pod.metadata.uid) == []
+    squatter.kill()
+    squatter.wait()
+    squatter.stdout.close()
+    await node.reaches("clashes", "enrolled", 20)  # tried again by itself
+    await node.until(lambda: _told(node, "clashes", "clash", ""), "the reason is gone from the pod")
+    await gone(node, pod, sandbox)
+
+
+async def _told(node: RealNode, name: str, namespace: str, reason: str) -> bool:
+    said = (await node.get(name, namespace)).annotations.get(NOT_ENROLLED, "")
+    return said.startswith(reason) if reason else not said
+
+
+@pytest.mark.parametrize(
+    ("name", "more", "reason"),
+    [
+        ("sandboxed", {"spec": {"runtimeClassName": "gvisor"}}, "sandbox"),
+        ("machine", {"labels": {"kubevirt.io": "virt-launcher"}}, "kubevirt"),
+        ("sidecar", {"annotations": {"sidecar.istio.io/status": "{}"}}, "sidecar"),
+    ],
+)
+async def test_pods_the_mesh_cannot_serve_start_and_say_why(
+    node: RealNode, name: str, more: dict[str, object], reason: str
+) -> None:
+    pod, sandbox = await added(node, name, **more)
+    state = await node.reaches(name, "refused")
+    assert state["reason"] == reason and state["detail"]
+    await node.until(lambda: _told(node, name, "shop", reason), "the reason on the pod")
+    assert node.traces([], pod.metadata.uid) == []
+    await gone(node, pod, sandbox)
+
+
+async def test_host_network_pods_are_refused_and_never_keys(node: RealNode) -> None:
+    pod = await node.pod("hosted", "shop", spec={"hostNetwork": True})
+    await node.running(pod, ["10.77.0.1"])
+    assert (await node.reaches("hosted", "refused"))["reason"] == "host_network"
+    with node.maps() as maps:
+        assert "10.77.0.1" not in maps.workloads
+    await node.client.delete(POD, "hosted", "shop")
+
+
+async def test_a_pod_that_forwards_packets_is_not_enrolled(node: RealNode) -> None:
+    await node.namespace("router")
+    pod, sandbox = await added(node, "routes", "router")
+    sandbox.ask("open('/proc/sys/net/ipv6/conf/all/forwarding', 'w').write('1')")
+    await node.label("router", "ambient")
+    assert (await node.reaches("routes", "refused"))["reason"] == "forwards"
+    sandbox.ask("open('/proc/sys/net/ipv6/conf/all/forwarding', 'w').write('0')")
+    await node.reaches("routes", "enrolled", 20)
+    await gone(node, pod, sandbox)
+
+
+async def test_a_pod_with_nested_namespaces_is_not_enrolled(node: RealNode) -> None:
+    await node.namespace("nested")
+    pod, sandbox = await added(node, "nests", "nested")
+    inner = sandbox.spawn(
+        "import ctypes, signal\nctypes.CDLL(None).unshare(0x40000000); print('up', flush=True); signal.pause()",
+        stdout=subprocess.PIPE,
+    )
+    assert inner.stdout is not None and inner.stdout.readline() == b"up\n"
+    await node.label("nested", "ambient")
+    assert (await node.reaches("nests", "refused"))["reason"] == "nested_namespaces"
+    inner.kill()
+    inner.wait()
+    inner.stdout.close()
+    await node.reaches("nests", "enrolled", 20)
+    await gone(node, pod, sandbox)
+
+
+async def test_the_world_reaches_the_maps_and_says_nothing_of_our_addresses(node: RealNode) -> None:
+    pod, sandbox = await added(node, "ours")
+    remote = Workload(
+        uid="Kubernetes//Pod/shop/far",
+        name="far",
+        namespace="shop",
+        addresses=(parse_ip("10.77.9.9"),),
+        node="node-b",
+        protocol=TunnelProtocol.HBONE,
+    )
+    thief = Workload(
+        uid="Kubernetes//Pod/shop/thief",
+        name="thief",
+        namespace="shop",
+        addresses=(parse_ip(sandbox.address),),
+        node="node-b",
+    )
+    ghost = Workload(
+        uid="Kubernetes//Pod/shop/ghost", name="ghost", namespace="shop", addresses=(parse_ip("10.77.8.8"),), node=NODE
+    )
+    service = Service("web", "shop", "web.shop.svc.cluster.local", (parse_ip("10.96.0.9"),), (Port(80, 8080),))
+    with node.maps() as maps:
+        ours = maps.workloads[sandbox.address]
+    node.control.discovery.set_world(World.of([remote, thief, ghost], [service]))
+
+    async def written() -> bool:
+        with node.maps() as maps:
+            return "10.77.9.9" in maps.workloads and maps.settings is not None and maps.settings.complete == 1
+
+    await node.until(written, "settings.complete")
+    with node.maps() as maps:
+        assert maps.workloads["10.77.9.9"].flags & ENROLLED
+        assert "10.77.8.8" not in maps.workloads
+        assert [k.port for k in maps.services if k.vip == "10.96.0.9"] == [80]
+        assert (maps.workloads[sandbox.address].workload, maps.workloads[sandbox.address].generation) == (
+            ours.workload,
+            ours.generation,
+        )
+        names = msgspec.json.decode((node.run_dir / "names.json").read_bytes())
+        assert names["workloads"][str(maps.workloads["10.77.9.9"].workload)] == remote.uid
+    await gone(node, pod, sandbox)
+    with node.maps() as maps:
+        # the address is free: what the World says of it holds now
+        assert maps.workloads[sandbox.address].workload != ours.workload
+
+
+async def test_the_heartbeat_moves_and_the_settings_name_the_cgroups(node: RealNode) -> None:
+    with node.maps() as maps:
+        first = maps.settings
+        assert first is not None
+        assert set(first.exempt_cgroups) == {os.stat(node.cgroup / n).st_ino for n in ("agent", "ztunnel")}
+        assert first.kubelet_cgroups == (os.stat(node.cgroup / "kubelet").st_ino,)
+        await node.until(lambda: maps.settings.heartbeat_ns > first.heartbeat_ns, "a heartbeat", 5)  # type: ignore[union-attr]
+
+
+async def test_garbage_on_cni_sock_gets_an_answer_and_harms_nobody(node: RealNode) -> None:
+    for raw in (b"", b"{", b"\xff" * 100, b'{"env": {}, "stdin": ""}', b"[" * 100000):
+        with socket.socket(socket.AF_UNIX) as sock:
+            sock.connect(str(node.run_dir / "cni.sock"))
+            await asyncio.to_thread(sock.sendall, raw)
+            sock.shutdown(socket.SHUT_WR)
+            sock.settimeout(5)
+            body = msgspec.json.decode(await asyncio.to_thread(sock.recv, 65536))
+            assert body["code"] != 0
+    assert (await node.status())["ready"]
+
+
+async def test_status_names_programs_maps_and_problems(node: RealNode) -> None:
+    status = await node.status()
+    assert status["ready"] and status["node"] == NODE and status["problems"] == []
+    assert {p["hook"] for p in status["programs"]} >= {"connect4", "connect6", "sock_ops", "probe4"}
+    assert all(p["target"] for p in status["programs"])
+    assert status["maps"]["enrolled"]["limit"] == 1024
+    assert Path(node.run_dir / "agent.sock").stat().st_mode & 0o777 == 0o600
