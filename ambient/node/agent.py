@@ -35,6 +35,7 @@ from ambient.node.holder_client import HolderClient
 from ambient.node.kernel import Kernel
 from ambient.node.pods import Pods
 from ambient.node.records import Names, Records
+from ambient.node.sandboxes import Sandboxes
 from ambient.settings import NodeSettings, read_settings
 
 BEAT_S: Final = 1.0
@@ -87,7 +88,6 @@ class Agent:
         self._client: KubeClient | None = None
         self._kernel: Kernel | None = None
         self._world: World | None = None
-        self._operating = asyncio.Event()
         self._connected, self._connection = False, "not connected yet"
         self._problems: dict[str, str] = {}
         for name, problem in (("agent.json", self._records.problem), ("names.json", self._names.problem)):
@@ -98,7 +98,7 @@ class Agent:
         self._holder = HolderClient(run_dir / "holder.sock", self._pods.late)
 
     async def run(self) -> None:
-        servers_up = [await servers.serve_cni(self._run_dir / "cni.sock", self._pods.answer)]
+        servers_up = [await servers.serve_cni(self._run_dir / "cni.sock", Sandboxes(self._pods).answer)]
         status = await servers.serve_status(self._run_dir / "agent.sock", self.status, self.not_ready)
         try:
             async with asyncio.TaskGroup() as tasks:
@@ -173,22 +173,22 @@ class Agent:
         """Load what is not loaded, take up what is there, then keep maps and World in step."""
         if not kernels.loaded(self._settings):
             log.info("%s", await kernels.load(self._settings))
-        if self._kernel is None:
-            maps = Maps.open(self._settings.bpffs_dir)
-            try:
-                self._kernel = Kernel(self._settings, self._names, maps)
-            except BaseException:
-                maps.close()
-                raise
-            await self._pods.restore(self._kernel, self._holder, await self._holder.connect())
+        async with asyncio.TaskGroup() as tasks:
+            if self._kernel is None:
+                maps = Maps.open(self._settings.bpffs_dir)
+                try:
+                    self._kernel = Kernel(self._settings, self._names, maps)
+                except BaseException:
+                    maps.close()
+                    raise
+            snapshot = await self._holder.connect()
+            tasks.create_task(self._holder.run())
+            tasks.create_task(self._beat(self._kernel))
+            await self._pods.restore(self._kernel, self._holder, snapshot)
             if old := bpf_links.other_versions(self._settings.bpffs_dir):
                 log.info("removing the programs of earlier versions: %s", ", ".join(old))
                 bpf_links.unload(self._settings.bpffs_dir, old)
-        self._problems.pop("kernel", None)
-        self._operating.set()
-        async with asyncio.TaskGroup() as tasks:
-            tasks.create_task(self._holder.run())
-            tasks.create_task(self._beat(self._kernel))
+            self._problems.pop("kernel", None)
             tasks.create_task(self._pods.audit())
             tasks.create_task(subscribe(self._settings, "agent", self._world_changed, on_state=self._state))
 
@@ -214,7 +214,7 @@ class Agent:
 
     def not_ready(self) -> str:
         """Why not, or the empty string."""
-        if not self._operating.is_set():
+        if not self._pods.operating.is_set():
             return self._problems.get("kernel") or "the kernel programs are being loaded"
         if not self._pods.synced:
             return self._problems.get("api") or "the API server has not told of the pods yet"

@@ -82,7 +82,8 @@ class HolderClient:
         """Receive until cancelled; a new holder is given what is held and asked for nothing."""
         while True:
             try:
-                await self._receive()
+                if self._packets is not None:
+                    await self._receive()
             except (OSError, AmbientError) as error:
                 log.warning("holder: %s", error)
             self._disconnect()

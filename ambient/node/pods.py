@@ -21,7 +21,7 @@ from ambient.manifest import mesh as words
 from ambient.manifest.mesh import Mesh
 from ambient.manifest.objects import Namespace, Pod
 from ambient.manifest.pods import Enrol, Leave, NotEnrolled, addresses_of, enrolment, in_world, workload_uid
-from ambient.node import cni, enrol, inspect
+from ambient.node import enrol, inspect
 from ambient.node import messages as m
 from ambient.node.holder_client import Handle, HolderClient
 from ambient.node.kernel import Kernel
@@ -64,29 +64,31 @@ class Pods:
     ) -> None:
         self._settings = settings
         self._mesh = Mesh(trust_domain=settings.trust_domain, cluster_id=settings.cluster_id)
-        self._records = records
-        self._api = api
+        self.records = records
+        self.api = api
         self._acknowledged = acknowledged
         self._pods_cgroup = pods_cgroup
         self.kernel: Kernel | None = None
         self.holder: HolderClient | None = None
+        self.operating = asyncio.Event()
+        """Set when what an earlier agent left was taken up: from then on pods are enrolled."""
         self.synced = False
         """Whether the API has told of all pods and namespaces once."""
         self.counters: dict[str, int] = {}
-        self._namespaces: dict[str, Namespace] = {}
+        self.namespaces: dict[str, Namespace] = {}
         self._late: dict[str, Handle] = {}
-        self._members: dict[str, Member] = {}
+        self.members: dict[str, Member] = {}
         for record in records.pods.values():
-            self._members[record.uid] = self._member(record)
+            self.members[record.uid] = self.new_member(record)
 
     # --- what others ask
 
     def local_pods(self) -> list[LocalPod]:
-        return [pod for member in self._members.values() if (pod := member.local_pod()) is not None]
+        return [pod for member in self.members.values() if (pod := member.local_pod()) is not None]
 
     def status(self) -> list[dict[str, Any]]:
         rows = []
-        for member in sorted(self._members.values(), key=lambda x: x.title):
+        for member in sorted(self.members.values(), key=lambda x: x.title):
             record = member.record
             if record.gone:
                 continue
@@ -118,31 +120,35 @@ class Pods:
         for uid, handle in (snapshot | self._late).items():
             self._adopt(uid, handle)
         self._late.clear()
-        for member in list(self._members.values()):
-            if self._sandbox_is_gone(member):
+        for member in list(self.members.values()):
+            if self._sandbox_is_gone(member) or (member.record.gone and member.record.in_mesh):
                 log.info("pod %s ended while the agent was away", member.title)
                 await self._forget(member)
         kernel.put_pods(self.local_pods())
-        for member in self._members.values():
+        for member in self.members.values():
             if member.record.in_mesh and member.handle is not None:
                 try:
-                    await enrol.enrol(self._steps(member))
+                    await enrol.enrol(self.steps(member))
                     member.state = "enrolled"
                 except (AmbientError, Refused, OSError) as error:
                     log.warning("pod %s: %s", member.title, error)
         self._remove_strangers(kernel)
-        self._records.save()
-        for member in self._members.values():
-            self._kick(member)
+        self.records.save()
+        self.operating.set()
+        for member in self.members.values():
+            self.kick(member)
 
     def _adopt(self, uid: str, handle: Handle) -> None:
-        member = self._members.get(uid)
+        member = self.members.get(uid)
         assert self.holder is not None
+        if uid in self.holder.held:  # we have them, and the holder the same
+            handle.close()
+            return
         self.holder.held[uid] = handle
         if member is None or not member.record.in_mesh:
-            member = member or self._member(Record(uid=uid, namespace=handle.pod.namespace, name=handle.pod.name))
+            member = member or self.new_member(Record(uid=uid, namespace=handle.pod.namespace, name=handle.pod.name))
             member.handle, member.handed = handle, True
-            asyncio.get_running_loop().create_task(self._steps(member).hand_back(0.0))
+            asyncio.get_running_loop().create_task(self.steps(member).hand_back(0.0))
             return
         member.handle, member.handed = handle, True
         member.cookie = handle.pod.netns_cookie
@@ -153,27 +159,27 @@ class Pods:
             self._late[handle.pod.uid] = handle
             return
         self._adopt(handle.pod.uid, handle)
-        if (member := self._members.get(handle.pod.uid)) is not None:
-            self._kick(member)
+        if (member := self.members.get(handle.pod.uid)) is not None:
+            self.kick(member)
 
     def _remove_strangers(self, kernel: Kernel) -> None:
         """Attachments and entries of pods that nobody remembers."""
-        known = {x.record.uid for x in self._members.values() if x.handle is not None}
-        cookies = {x.cookie for x in self._members.values() if x.handle is not None}
-        addresses = {a for x in self._members.values() if x.handle is not None for a in x.record.addresses}
+        known = {x.record.uid for x in self.members.values() if x.handle is not None}
+        cookies = {x.cookie for x in self.members.values() if x.handle is not None}
+        addresses = {a for x in self.members.values() if x.handle is not None for a in x.record.addresses}
         for uid in kernel.attached():
             if uid not in known:
                 kernel.detach(uid)
         for cookie in kernel.maps.enrolled:
             if cookie not in cookies:
                 kernel.remove_enrolled(cookie)
-        for key, _ in kernel.maps.listeners.items():
-            if key.pod not in addresses:
-                kernel.remove_listeners([key.pod])
+        strangers = {key.pod for key, _ in kernel.maps.listeners.items()} - addresses
+        kernel.remove_listeners(strangers)
+        kernel.remove_flows({key.local for key in (*kernel.maps.authorized, *kernel.maps.origins)} - addresses, 0)
 
     async def close(self) -> None:
-        tasks = [x.task for x in self._members.values() if x.task is not None]
-        for member in self._members.values():
+        tasks = [x.task for x in self.members.values() if x.task is not None]
+        for member in self.members.values():
             if member.retry is not None:
                 member.retry.cancel()
         for task in tasks:
@@ -187,51 +193,51 @@ class Pods:
             self._deleted(old)
         if new is None:
             return
-        member = self._members.get(new.metadata.uid)
+        member = self.members.get(new.metadata.uid)
         if member is None:
-            if len(self._members) >= 2 * PODS_MAX:
+            if len(self.members) >= 2 * PODS_MAX:
                 self.count("pods_beyond_limit")
                 return
-            member = self._member(Record(uid=new.metadata.uid, namespace=new.namespace, name=new.name))
-            self._members[member.record.uid] = member
-            self._records.pods[member.record.uid] = member.record
+            member = self.new_member(Record(uid=new.metadata.uid, namespace=new.namespace, name=new.name))
+            self.members[member.record.uid] = member
+            self.records.pods[member.record.uid] = member.record
         member.api = new
         member.annotated = new.annotations.get(words.REDIRECTION) == "enabled"
         member.told = new.annotations.get(NOT_ENROLLED, "")
         member.record.service_account = new.spec.service_account_name or "default"
         self._take_addresses(member, new)
-        self._kick(member)
+        self.kick(member)
 
     def _deleted(self, pod: Pod) -> None:
-        member = self._members.get(pod.metadata.uid)
+        member = self.members.get(pod.metadata.uid)
         if member is None:
             return
         member.api = None
         if member.record.gone or not (member.record.container_id or member.record.in_mesh):
-            self._drop(member)
+            self.drop(member)
         else:
-            self._kick(member)  # DEL comes, or the look at its namespace finds it gone
+            self.kick(member)  # DEL comes, or the look at its namespace finds it gone
 
     def namespace_changed(self, name: str, new: Namespace | None) -> None:
-        old = self._namespaces.get(name)
+        old = self.namespaces.get(name)
         if new is None:
-            self._namespaces.pop(name, None)
+            self.namespaces.pop(name, None)
         else:
-            self._namespaces[name] = new
+            self.namespaces[name] = new
         mode = words.DATAPLANE_MODE
         if (old.labels.get(mode) if old else None) != (new.labels.get(mode) if new else None) or old is None:
-            for member in self._members.values():
+            for member in self.members.values():
                 if member.record.namespace == name:
-                    self._kick(member)
+                    self.kick(member)
 
     def api_synced(self) -> None:
         """Everything was told once: what was not told of is gone from the API."""
         self.synced = True
-        for member in list(self._members.values()):
+        for member in list(self.members.values()):
             if member.api is None and member.record.gone:
-                self._drop(member)
+                self.drop(member)
             else:
-                self._kick(member)
+                self.kick(member)
 
     def _take_addresses(self, member: Member, pod: Pod) -> None:
         """A pod that was there before the plugin has its addresses from its status; else ADD's word holds."""
@@ -249,23 +255,23 @@ class Pods:
             return  # it leaves the mesh first
         record.addresses = addresses
         if addresses:
-            record.generation = self._records.next_generation(time.time_ns())
-        self._addresses_changed()
+            record.generation = self.records.next_generation(time.time_ns())
+        self.addresses_changed()
 
-    def _addresses_changed(self) -> None:
-        self._records.save()
+    def addresses_changed(self) -> None:
+        self.records.save()
         if self.kernel is not None:
             self.kernel.put_pods(self.local_pods())
 
-    def _member(self, record: Record) -> Member:
+    def new_member(self, record: Record) -> Member:
         return Member(record, workload_uid(self._mesh, record.namespace, record.name), self._mesh.trust_domain)
 
-    def _drop(self, member: Member) -> None:
+    def drop(self, member: Member) -> None:
         if member.retry is not None:
             member.retry.cancel()
-        self._members.pop(member.record.uid, None)
-        self._records.pods.pop(member.record.uid, None)
-        self._addresses_changed()
+        self.members.pop(member.record.uid, None)
+        self.records.pods.pop(member.record.uid, None)
+        self.addresses_changed()
 
     # --- what is wanted
 
@@ -273,12 +279,12 @@ class Pods:
         """None: not known (yet), leave everything as it is."""
         if member.api is None:
             return Leave() if self.synced and member.state != "enrolled" else None
-        namespace = self._namespaces.get(member.record.namespace)
+        namespace = self.namespaces.get(member.record.namespace)
         if namespace is None and not self.synced:
             return None
-        return self._judge(member.api, namespace)
+        return self.judge(member.api, namespace)
 
-    def _judge(self, pod: Pod, namespace: Namespace | None) -> Enrol | Leave | NotEnrolled:
+    def judge(self, pod: Pod, namespace: Namespace | None) -> Enrol | Leave | NotEnrolled:
         verdict = enrolment(pod, namespace)
         if isinstance(verdict, Enrol) and self._istio_cni_here():
             return NotEnrolled("istio_cni", "istio-cni runs on this node and owns the label; remove one of the two")
@@ -288,14 +294,14 @@ class Pods:
         key, value = ISTIO_CNI
         return any(
             x.api is not None and x.api.labels.get(key) == value and x.api.status.phase == "Running"
-            for x in self._members.values()
+            for x in self.members.values()
         )
 
     # --- one pod at a time
 
-    def _kick(self, member: Member) -> None:
+    def kick(self, member: Member) -> None:
         member.kicked.set()
-        if self.kernel is None or (member.task is not None and not member.task.done()):
+        if not self.operating.is_set() or (member.task is not None and not member.task.done()):
             return
         member.task = asyncio.get_running_loop().create_task(self._work(member))
 
@@ -317,17 +323,17 @@ class Pods:
     def _failed(self, member: Member, error: Exception) -> None:
         member.failures += 1
         if isinstance(error, Refused):
-            self._note(member, "refused", error.reason, error.detail)
+            self.note(member, "refused", error.reason, error.detail)
         elif member.state == "leaving":
-            self._note(member, "leaving", "failed", str(error))
+            self.note(member, "leaving", "failed", str(error))
         else:
-            self._note(member, "failed", "failed", str(error))
+            self.note(member, "failed", "failed", str(error))
         delay = min(RETRY_MAX_S, 0.5 * 2.0 ** min(member.failures, 8))
         if member.retry is not None:
             member.retry.cancel()
-        member.retry = asyncio.get_running_loop().call_later(delay, self._kick, member)
+        member.retry = asyncio.get_running_loop().call_later(delay, self.kick, member)
 
-    def _note(self, member: Member, state: str, reason: str = "", detail: str = "") -> None:
+    def note(self, member: Member, state: str, reason: str = "", detail: str = "") -> None:
         if (state, reason, detail) != (member.state, member.reason, member.detail):
             if reason:
                 self.count(f"not_enrolled_{reason}")
@@ -340,7 +346,7 @@ class Pods:
             return
         if member.api is None and self.synced and self._sandbox_is_gone(member):
             await self._forget(member)
-            self._drop(member)
+            self.drop(member)
             return
         match self._verdict(member):
             case None:
@@ -349,31 +355,31 @@ class Pods:
                 await self._bring_in(member)
             case Leave():
                 await self._bring_out(member)
-                self._note(member, "not_enrolled")
+                self.note(member, "not_enrolled")
                 await self._tell(member, "")
             case NotEnrolled(reason=reason, detail=detail):
                 await self._bring_out(member)
-                self._note(member, "refused", reason, detail)
+                self.note(member, "refused", reason, detail)
                 await self._tell(member, f"{reason}: {detail}")
 
     async def _bring_in(self, member: Member) -> None:
         record = member.record
         if not record.addresses:
-            self._note(member, "waiting", "no_address", "the pod has no address yet")
+            self.note(member, "waiting", "no_address", "the pod has no address yet")
             return
         try:
-            self._check(member)
+            self.check(member)
             if member.state != "enrolled" or member.handle is None or not member.handed:
-                await self._enrol(member)
+                await self.join(member)
         except Refused as refusal:
             await self._bring_out(member)
-            self._note(member, "refused", refusal.reason, refusal.detail)
+            self.note(member, "refused", refusal.reason, refusal.detail)
             await self._tell(member, f"{refusal.reason}: {refusal.detail}")
             raise
-        await self._steps(member).annotate(True)
+        await self.steps(member).annotate(True)
         await self._tell(member, "")
 
-    def _check(self, member: Member) -> None:
+    def check(self, member: Member) -> None:
         """Raises Refused if the pod, as it is now, cannot be served."""
         if member.handle is not None:
             fd, own = member.handle.fds[m.NETNS], False
@@ -386,58 +392,58 @@ class Pods:
             if own:
                 os.close(fd)
 
-    async def _enrol(self, member: Member) -> None:
+    async def join(self, member: Member) -> None:
         """Raises after undoing everything. The annotation is the caller's."""
         began = time.monotonic()
         member.record.in_mesh = True
-        self._records.save()
-        self._note(member, "enrolling")
-        steps = self._steps(member)
+        self.records.save()
+        self.note(member, "enrolling")
+        steps = self.steps(member)
         try:
             await enrol.enrol(steps)
         except BaseException:
-            self._note(member, "failed", "failed", "enrolling was broken off")
+            self.note(member, "failed", "failed", "enrolling was broken off")
             try:
                 await enrol.undo(steps)
             except (AmbientError, OSError) as error:
                 log.error("pod %s: undoing its enrolment: %s", member.title, error)
             member.record.in_mesh = False
-            self._records.save()
+            self.records.save()
             raise
         self.count("enrolled")
-        self._note(member, "enrolled")
-        log.info("pod %s: enrolled in %.0f ms", member.title, 1000 * (time.monotonic() - began))
+        self.note(member, "enrolled")
+        log.info("pod %s: took %.0f ms", member.title, 1000 * (time.monotonic() - began))
 
     async def _bring_out(self, member: Member) -> None:
         if not member.record.in_mesh:
             if member.annotated and member.api is not None:
-                await self._steps(member).annotate(False)
+                await self.steps(member).annotate(False)
             return
-        self._note(member, "leaving")
-        await enrol.leave(self._steps(member))
+        self.note(member, "leaving")
+        await enrol.leave(self.steps(member))
         member.record.in_mesh = False
-        self._records.save()
+        self.records.save()
         self.count("left")
         if member.api is not None:
             self._take_addresses(member, member.api)
 
     async def _forget(self, member: Member) -> None:
         """The pod is gone: nothing of it is left in kernel or holder when this returns."""
-        self._note(member, "gone")
+        self.note(member, "gone")
         member.record.gone = True
-        await enrol.forget(self._steps(member))
+        await enrol.forget(self.steps(member))
         member.record.in_mesh = False
         member.record.container_id = member.record.netns_path = ""
-        self._records.save()
+        self.records.save()
 
-    def _steps(self, member: Member) -> MemberSteps:
+    def steps(self, member: Member) -> MemberSteps:
         assert self.kernel is not None and self.holder is not None
         return MemberSteps(
             member,
             self.kernel,
             self.holder,
             open_netns=self._open_netns,
-            addresses_changed=self._addresses_changed,
+            addresses_changed=self.addresses_changed,
             annotate=self._annotate,
             acknowledged=self._acknowledged,
             wanted_back=lambda x: isinstance(self._verdict(x), Enrol),
@@ -481,8 +487,8 @@ class Pods:
         """Look at every living pod again, for ever: what was fine may forward packets by now."""
         while True:
             await asyncio.sleep(AUDIT_S)
-            for member in list(self._members.values()):
-                self._kick(member)
+            for member in list(self.members.values()):
+                self.kick(member)
 
     # --- words on the pod
 
@@ -490,7 +496,7 @@ class Pods:
         if member.annotated is enabled:
             return
         value = "enabled" if enabled else None
-        await self._api.annotate(member.record.namespace, member.record.name, {words.REDIRECTION: value})
+        await self.api.annotate(member.record.namespace, member.record.name, {words.REDIRECTION: value})
         member.annotated = enabled
 
     async def _tell(self, member: Member, reason: str) -> None:
@@ -498,167 +504,28 @@ class Pods:
         if member.told == reason or member.api is None:
             return
         try:
-            await self._api.annotate(member.record.namespace, member.record.name, {NOT_ENROLLED: reason or None})
+            await self.api.annotate(member.record.namespace, member.record.name, {NOT_ENROLLED: reason or None})
             member.told = reason
         except AmbientError as error:
             log.warning("pod %s: %s", member.title, error)
 
-    # --- CNI
+    # --- sandboxes that end
 
-    async def answer(self, request: cni.Request) -> cni.Answer:
-        """Answer a request. Never raises."""
-        try:
-            match request.command:
-                case "ADD":
-                    return await self._add(request)
-                case "DEL":
-                    return await self._del(request)
-                case "GC":
-                    return await self._gc(request)
-                case _:
-                    return self._check_request(request)
-        except (AmbientError, OSError) as error:
-            return cni.error(request.version or "1.1.0", cni.TRY_AGAIN_LATER, str(error))
-        except Exception:
-            log.exception("CNI %s", request.command)
-            return cni.error(request.version or "1.1.0", cni.NOT_ENROLLED, "a bug in the ambient agent; see its log")
-
-    async def _add(self, request: cni.Request) -> cni.Answer:
-        if not request.of_a_pod or request.pod_namespace == "ambient-system":
-            return cni.done(request)
-        pod, namespace = await self._look_up(request)
-        uid = request.pod_uid or pod.metadata.uid
-        member = self._members.get(uid)
-        if member is None:
-            member = self._member(Record(uid=uid, namespace=request.pod_namespace, name=request.pod_name))
-            self._members[uid] = member
-            self._records.pods[uid] = member.record
-        await self._interrupt(member)
-        addresses = tuple(str(a) for a in request.addresses)
-        for other in [
-            x for x in self._members.values() if x is not member and set(x.record.addresses) & set(addresses)
-        ]:
-            # Its DEL was lost: the address belongs to this pod now, so nothing may be left of the other one.
-            await self._interrupt(other)
-            async with other.lock:
-                await self._forget_or_release(other)
-        async with member.lock:
-            if member.record.in_mesh and self.kernel is not None:
-                await enrol.forget(self._steps(member))  # an earlier sandbox of the same pod
-            record = member.record
-            member.api = pod
-            member.annotated = pod.annotations.get(words.REDIRECTION) == "enabled"
-            record.service_account = pod.spec.service_account_name or "default"
-            record.container_id, record.ifname = request.container_id, request.ifname
-            record.netns_path, record.netns_inode = request.netns, os.stat(request.netns).st_ino
-            record.addresses, record.gone, record.in_mesh = addresses, False, False
-            record.generation = self._records.next_generation(time.time_ns())
-            self._addresses_changed()
-            verdict = self._judge(pod, namespace)
-            if isinstance(verdict, Enrol):
-                return await self._add_to_mesh(request, member)
-        self._kick(member)
-        return cni.done(request)
-
-    async def _add_to_mesh(self, request: cni.Request, member: Member) -> cni.Answer:
-        if self.kernel is None:
-            self._release(member)
-            return cni.error(
-                request.version, cni.TRY_AGAIN_LATER, "the ambient agent is not ready yet; see its /status"
-            )
-        try:
-            self._check(member)
-            await self._enrol(member)
-        except Refused as refusal:
-            self._note(member, "refused", refusal.reason, refusal.detail)
-            if refusal.reason in ("forwards", "nested_namespaces"):
-                self._kick(member)  # which tells the pod
-                return cni.done(request)
-            self._release(member)
-            return cni.error(request.version, cni.NOT_ENROLLED, f"pod {member.title} cannot be enrolled: {refusal}")
-        except (AmbientError, OSError) as error:
-            self._release(member)
-            return cni.error(request.version, cni.NOT_ENROLLED, f"pod {member.title} cannot be enrolled: {error}")
-        try:
-            await self._steps(member).annotate(True)
-        except AmbientError as error:
-            log.warning("pod %s: %s", member.title, error)
-        self._kick(member)
-        return cni.done(request)
-
-    def _release(self, member: Member) -> None:
+    def release(self, member: Member) -> None:
         """ADD failed: the runtime takes the sandbox away and comes again."""
         member.record.addresses = ()
         member.record.container_id = member.record.netns_path = ""
-        self._addresses_changed()
+        self.addresses_changed()
 
-    async def _forget_or_release(self, member: Member) -> None:
+    async def forget_or_release(self, member: Member) -> None:
         if self.kernel is not None:
             await self._forget(member)
         else:
-            self._release(member)
+            self.release(member)
             member.record.gone = True
 
-    async def _interrupt(self, member: Member) -> None:
+    async def interrupt(self, member: Member) -> None:
         """Break off whatever is being done to the pod: its sandbox is new or gone."""
         if member.task is not None and not member.task.done():
             member.task.cancel()
             await asyncio.gather(member.task, return_exceptions=True)
-
-    async def _look_up(self, request: cni.Request) -> tuple[Pod, Namespace]:
-        """The pod and its namespace, from what was watched or else from the API. PlatformFault if unknown."""
-        member = self._members.get(request.pod_uid)
-        pod = member.api if member is not None else None
-        if pod is None:
-            pod = await self._api.pod(request.pod_namespace, request.pod_name)
-        if pod is None:
-            raise PlatformFault(f"pod {request.pod_namespace}/{request.pod_name} is not in the API (yet)")
-        mirror = pod.annotations.get("kubernetes.io/config.mirror")
-        if request.pod_uid and request.pod_uid not in (pod.metadata.uid, mirror):
-            raise PlatformFault(f"pod {pod.key} has another UID by now ({pod.metadata.uid})")
-        namespace = self._namespaces.get(pod.namespace) or await self._api.namespace(pod.namespace)
-        if namespace is None:
-            raise PlatformFault(f"namespace {pod.namespace} is not in the API")
-        return pod, namespace
-
-    async def _del(self, request: cni.Request) -> cni.Answer:
-        member = self._members.get(request.pod_uid) or next(
-            (
-                x
-                for x in self._members.values()
-                if request.container_id and x.record.container_id == request.container_id
-            ),
-            None,
-        )
-        if member is None or member.record.gone:
-            return cni.done(request)
-        if member.record.container_id and member.record.container_id != request.container_id:
-            return cni.done(request)  # an earlier sandbox of a pod that has a new one
-        if not member.record.container_id and not member.record.in_mesh and member.api is not None:
-            return cni.done(request)  # an ADD that failed was released already
-        await self._interrupt(member)
-        async with member.lock:
-            await self._forget_or_release(member)
-        if member.api is None and self.synced:
-            self._drop(member)
-        return cni.done(request)
-
-    async def _gc(self, request: cni.Request) -> cni.Answer:
-        if request.valid is None:
-            return cni.done(request)
-        valid = set(request.valid)
-        for member in list(self._members.values()):
-            record = member.record
-            if record.container_id and cni.Attachment(record.container_id, record.ifname) not in valid:
-                await self._interrupt(member)
-                async with member.lock:
-                    await self._forget_or_release(member)
-        return cni.done(request)
-
-    def _check_request(self, request: cni.Request) -> cni.Answer:
-        member = self._members.get(request.pod_uid)
-        if member is None or member.state not in ("failed", "enrolling"):
-            return cni.done(request)
-        return cni.error(
-            request.version, cni.NOT_ENROLLED, f"pod {member.title} is not in the mesh: {member.detail or member.state}"
-        )
