@@ -22,7 +22,7 @@ from typing import Any, Final
 
 from ambient.datapath.layout import LAYOUT, source_directory
 from ambient.errors import AmbientError, OurFault, PlatformFault
-from ambient.io import bpf_links, bpf_sys, bpffs, cgroup, kernel_headers
+from ambient.io import bpf_links, bpf_selftest, bpf_sys, bpffs, cgroup, kernel_headers
 from ambient.io.bpf_maps import SPEC, Maps, check_map
 
 SOURCES: Final = ("common", "connect", "getpeername", "dns", "sockops", "probe", "sk_lookup")
@@ -132,6 +132,7 @@ def load(bpffs_dir: str | Path, node_cgroup: str | Path, pods_cgroup: str | Path
             return f"layout {LAYOUT.version} is already loaded and attached in {root}: nothing to do"
         bpf_links.unload(root, [LAYOUT.version, *(path.name for path in root.glob("new-*"))])
         compiled = Compiled()
+        untried = bpf_selftest.run(compiled.maps, compiled.programs, where[bpf_links.NODE])
         aside = root / f"new-{os.getpid()}"
         try:
             for name in ("maps", "progs", "links", "pods"):
@@ -157,6 +158,7 @@ def load(bpffs_dir: str | Path, node_cgroup: str | Path, pods_cgroup: str | Path
         f"loaded layout {LAYOUT.version} in {root} ({compiled.seconds:.1f} s, headers {compiled.headers}); "
         f"attached to {where[bpf_links.PODS]} and {where[bpf_links.NODE]}"
         + (f"; still pinned: {', '.join(others)}" if others else "")
+        + (f"; {untried}" if untried else "")
     )
 
 
@@ -170,7 +172,9 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         if options.check:
             compiled = Compiled()
-            print(f"layout {LAYOUT.version} compiles and loads ({compiled.seconds:.1f} s, headers {compiled.headers})")
+            untried = bpf_selftest.run(compiled.maps, compiled.programs, Path(options.node_cgroup))
+            said = f"layout {LAYOUT.version} compiles and loads ({compiled.seconds:.1f} s, headers {compiled.headers})"
+            print(said + (f"; {untried}" if untried else ""))
         else:
             print(load(options.bpffs_dir, options.node_cgroup, options.pods_cgroup))
     except AmbientError as error:

@@ -21,10 +21,10 @@ pytestmark = [pytest.mark.bpf, pytest.mark.net]
 
 
 @pytest.fixture
-def place(lab, request):
+def place(netlab, request):
     """(bpffs directory, node's cgroup, pods' cgroup), not loaded."""
     require("bpf")
-    node = cgroup.create(lab.cgroup / "load")
+    node = cgroup.create(netlab.cgroup / "load")
     pods = cgroup.create(node / "kubepods")
     directory = Path(f"/sys/fs/bpf/ambient-test-{os.getpid()}-load")
     yield directory, node, pods
@@ -87,6 +87,23 @@ def test_a_foreign_program_that_allows_no_other_is_named_and_nothing_stays(place
         bpf_sys._command(9, struct.pack("=IIII", fd, prog, bpf_sys.ATTACH_CONNECT4, 0))
         os.close(fd)
         os.close(prog)
+
+
+def test_a_kernel_that_does_not_do_what_is_needed_is_refused_before_anything_is_pinned(place, monkeypatch):
+    """Stand-in for such a kernel: a connect4 program that does nothing."""
+    directory, node, pods = place
+    real = bpf_load.Compiled
+
+    def crippled():
+        compiled = real()
+        compiled.programs["connect4"] = tiny_program()
+        return compiled
+
+    monkeypatch.setattr(bpf_load, "Compiled", crippled)
+    with pytest.raises(PlatformFault, match="self-test: .*Network is unreachable"):
+        bpf_load.load(directory, node, pods)
+    assert list(directory.iterdir()) == []
+    assert [path.name for path in node.iterdir() if path.is_dir()] == ["kubepods"]
 
 
 def test_a_cgroup_that_is_not_there_is_named(place, capsys):

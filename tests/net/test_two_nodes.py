@@ -11,11 +11,11 @@ pytestmark = [pytest.mark.net, pytest.mark.bpf]
 
 
 @pytest.fixture(scope="module")
-def second(lab):
-    node = lab.node("n2")
+def second(netlab):
+    node = netlab.node("n2")
     yield node
     node.close()
-    lab.nodes.remove(node)
+    netlab.nodes.remove(node)
 
 
 def test_each_node_captures_its_own_pods_into_its_own_maps(node, a, second):
@@ -53,8 +53,8 @@ def test_the_kubelet_of_one_node_is_a_stranger_to_the_other(node, b, second):
     b.listeners["plaintext4"].accept()[0].close()
 
 
-def test_unloading_one_node_leaves_the_other(lab, node, a):
-    third = lab.node("n3")
+def test_unloading_one_node_leaves_the_other(netlab, node, a):
+    third = netlab.node("n3")
     bpf_links.unload(third.bpffs_dir)
     assert not third.bpffs_dir.exists()
     assert all(entry.target is None for entry in bpf_links.attachments(third.bpffs_dir))
@@ -65,4 +65,4 @@ def test_unloading_one_node_leaves_the_other(lab, node, a):
     assert node.maps.take_redirect(cookie) is not None
     sock.close()
     third.close()
-    lab.nodes.remove(third)
+    netlab.nodes.remove(third)

@@ -1,4 +1,4 @@
-"""One lab for all tests of a session: the programs are compiled and loaded once."""
+"""One netlab for all tests of a session: the programs are compiled and loaded once."""
 
 from __future__ import annotations
 
@@ -9,16 +9,16 @@ from tests.support.require import require
 
 
 @pytest.fixture(scope="session")
-def lab(tmp_path_factory):
+def netlab(tmp_path_factory):
     require("net", "bpf", "gcc")
-    lab = Lab(tmp_path_factory.mktemp("netlab"))
-    yield lab
-    lab.close()
+    netlab = Lab(tmp_path_factory.mktemp("netlab"))
+    yield netlab
+    netlab.close()
 
 
 @pytest.fixture(scope="session")
-def loaded_node(lab) -> Node:
-    return lab.node("n1")
+def loaded_node(netlab) -> Node:
+    return netlab.node("n1")
 
 
 @pytest.fixture
