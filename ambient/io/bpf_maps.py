@@ -142,8 +142,7 @@ class TypedMap(Generic[K, V]):
         return len(self.table.list_keys())
 
     def clear(self) -> None:
-        for raw in self.table.list_keys():
-            self.table.delete(raw)
+        self.table.delete_many(self.table.list_keys())
 
 
 class ListenerMap:

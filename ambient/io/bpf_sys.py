@@ -33,6 +33,8 @@ OBJ_GET_INFO_BY_FD: Final = 15
 PROG_QUERY: Final = 16
 MAP_LOOKUP_AND_DELETE_ELEM: Final = 21
 MAP_LOOKUP_BATCH: Final = 24
+MAP_UPDATE_BATCH: Final = 26
+MAP_DELETE_BATCH: Final = 27
 LINK_CREATE: Final = 28
 LINK_UPDATE: Final = 29
 LINK_DETACH: Final = 34
@@ -285,6 +287,34 @@ class Table:
         if result in (0, -errno.ENOENT):
             return result == 0
         raise BpfFault(f"map {self.name}: delete", -result)
+
+    def update_many(self, entries: Sequence[tuple[bytes, bytes]]) -> None:
+        """Write many entries of a hash map in one call. A BpfFault says how many were written before it failed."""
+        keys, values = b"".join(key for key, _ in entries), b"".join(value for _, value in entries)
+        if len(keys) != len(entries) * self.info.key_size or len(values) != len(entries) * self.info.value_size:
+            raise ValueError(
+                f"map {self.name}: keys and values of {self.info.key_size} and {self.info.value_size} bytes"
+            )
+        self._many(MAP_UPDATE_BATCH, keys, values, len(entries))
+
+    def delete_many(self, keys: Sequence[bytes]) -> None:
+        """Delete many entries of a hash map; those that are gone already are fine."""
+        for start in range(0, len(keys), 4096):
+            part = keys[start : start + 4096]
+            try:
+                self._many(MAP_DELETE_BATCH, b"".join(part), b"", len(part))
+            except BpfFault:
+                for key in part:
+                    self.delete(key)
+
+    def _many(self, command: int, keys: bytes, values: bytes, count: int) -> None:
+        key_buffer = ctypes.create_string_buffer(keys, max(1, len(keys)))
+        value_buffer = ctypes.create_string_buffer(values, max(1, len(values)))
+        places = (ctypes.addressof(key_buffer), ctypes.addressof(value_buffer) if values else 0)
+        result, raw = _command(command, struct.pack("=QQQQIIQQ", 0, 0, *places, count, self.fd, 0, 0))
+        if result < 0:
+            done = struct.unpack_from("=I", raw, 32)[0]
+            raise BpfFault(f"map {self.name}: {done} of {count} entries done, limit {self.info.max_entries}", -result)
 
     def list_keys(self) -> list[bytes]:
         """All keys, as of about now: entries that come and go meanwhile may be missed or listed."""

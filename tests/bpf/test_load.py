@@ -100,7 +100,7 @@ def test_a_kernel_that_does_not_do_what_is_needed_is_refused_before_anything_is_
         return compiled
 
     monkeypatch.setattr(bpf_load, "Compiled", crippled)
-    with pytest.raises(PlatformFault, match="self-test: .*Network is unreachable"):
+    with pytest.raises(PlatformFault, match=r"self-test: .*Network is unreachable"):
         bpf_load.load(directory, node, pods)
     assert list(directory.iterdir()) == []
     assert [path.name for path in node.iterdir() if path.is_dir()] == ["kubepods"]

@@ -383,10 +383,9 @@ class TestLimits:
 @pytest.fixture
 def fill_redirects(node):
     """Redirects is full for the duration of a test."""
-    value = RedirectValue("10.0.0.1", "", "10.0.0.2", 1, 1, 1, 1, 0, 1)
-    count = node.maps.redirects.limit
-    for index in range(count):
-        node.maps.redirects[RedirectKey(0, netns=1 << 60 | index)] = value
+    key, table = RedirectKey(0).encode(), node.maps.redirects.table
+    value = RedirectValue("10.0.0.1", "", "10.0.0.2", 1, 1, 1, 1, 0, 1).encode()
+    table.update_many([(key[:32] + index.to_bytes(8, "big"), value) for index in range(1, 1 + table.info.max_entries)])
     yield
     node.maps.redirects.clear()
 

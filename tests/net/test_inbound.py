@@ -134,18 +134,12 @@ class TestDelivery:
             node.maps.withdraw_delivery(*key)
             assert not node.leftovers()
 
-    def test_both_entries_are_written_or_none(self, node, b):
+    def test_both_entries_are_written_or_none(self, node, b, fill_authorized):
         key = TupleKey(b.ip4, b.ip4, 80, 40000)
-        value = AuthorizedValue(0, 0, b.workload, LAYOUT["REASON_ZTUNNEL"])
-        filler = [TupleKey(b.ip4, "10.0.0.1", 80, 1)]
-        for index in range(node.maps.authorized.limit):
-            filler.append(TupleKey(b.ip4, f"10.0.{index >> 8 & 255}.{index & 255}", 81, 1 + (index >> 16)))
-            node.maps.authorized[filler[-1]] = value
         with pytest.raises(BpfFault, match=r"map authorized \(full\): write, limit 65536") as caught:
             node.maps.authorize_delivery(b.ip4, 80, b.ip4, 40000, workload=1, client="10.7.7.7", client_port=1)
         assert caught.value.errno in (errno.E2BIG, errno.ENOMEM)
         assert node.maps.origins.get(key) is None
-        node.maps.authorized.clear()
 
     def test_a_port_used_again_keeps_the_new_clients_name(self, node, b):
         app = b.puppet()
@@ -435,9 +429,10 @@ class TestProbes:
 
 @pytest.fixture
 def fill_authorized(node):
-    value = AuthorizedValue(0, 0, 0, LAYOUT["REASON_ZTUNNEL"])
-    for index in range(node.maps.authorized.limit):
-        node.maps.authorized[TupleKey("192.0.2.1", f"10.0.{index >> 8}.{index & 255}", 81, 1)] = value
+    """`authorized` is full for the duration of a test."""
+    key, table = TupleKey("192.0.2.1", "192.0.2.2", 81, 1).encode(), node.maps.authorized.table
+    value = AuthorizedValue(0, 0, 0, LAYOUT["REASON_ZTUNNEL"]).encode()
+    table.update_many([(key[:32] + index.to_bytes(8, "big"), value) for index in range(1, 1 + table.info.max_entries)])
     yield
     node.maps.authorized.clear()
 
