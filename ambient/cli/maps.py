@@ -34,17 +34,32 @@ _ROWS: dict[str, Callable[[Maps, render.Names], list[Row]]] = {
 _NOT_IN_TABLE = {"redirects": ("cookie",), "authorized": ("generation",), "listeners": ("socket_cookie",)}
 
 
-def read_names(settings: NodeSettings) -> render.Names:
-    """What the agent wrote beside its state; without it, numbers stay numbers."""
+def read_names(settings: NodeSettings, maps: Maps) -> render.Names:
+    """Names of the node-local numbers, which the agent keeps in names.json, and of the addresses they have now.
+
+    Without the file, numbers stay numbers.
+    """
     try:
         raw = json.loads((Path(settings.run_dir) / "names.json").read_text())
-        return render.Names(
-            {int(number): str(name) for number, name in raw.get("workloads", {}).items()},
-            {int(number): str(name) for number, name in raw.get("services", {}).items()},
-            {str(address): str(name) for address, name in raw.get("addresses", {}).items()},
-        )
+        workloads = {int(number): short_workload(str(uid)) for number, uid in raw.get("workloads", {}).items()}
+        services = {int(number): short_service(str(key)) for number, key in raw.get("services", {}).items()}
     except (OSError, ValueError, AttributeError):
         return render.Names()
+    addresses = {address: workloads.get(value.workload, "") for address, value in maps.workloads.items()}
+    addresses |= {key.vip: services.get(value.service, "") for key, value in maps.services.items()}
+    return render.Names(workloads, services, addresses)
+
+
+def short_workload(uid: str) -> str:
+    """``cluster//Pod/namespace/name`` -> ``namespace/name``; other kinds stay as they are."""
+    return uid.partition("//Pod/")[2] or uid
+
+
+def short_service(key: str) -> str:
+    """``namespace/name.namespace.svc.domain`` -> ``namespace/name``."""
+    namespace, _, hostname = key.partition("/")
+    name, separator, _ = hostname.partition(f".{namespace}.svc.")
+    return f"{namespace}/{name}" if separator else key
 
 
 def overview(settings: NodeSettings) -> list[Row]:
@@ -111,7 +126,7 @@ def maps(name: str | None, raw: bool, target: Target, output: str) -> None:
             rows += raw_rows(node, name)
         else:
             with Maps.open(node.bpffs_dir) as opened:
-                rows += [{"node": node.node_name, **row} for row in _ROWS[name](opened, read_names(node))]
+                rows += [{"node": node.node_name, **row} for row in _ROWS[name](opened, read_names(node, opened))]
     hidden = _NOT_IN_TABLE.get(name, ())
     columns = [column for column in (rows[0] if rows else ()) if column not in hidden]
     emit(rows, output, columns, empty=f"{name} is empty")

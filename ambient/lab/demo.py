@@ -277,7 +277,7 @@ class Demo:
         return str(self.driver.get("service", service, "-n", "shop")["spec"]["clusterIP"])
 
     def _redirects(self, source: str) -> list[dict[str, Any]]:
-        return [row for row in self.driver.rows("maps", "redirects") if row["source"].endswith(f"/{source}")]
+        return [row for row in self.driver.rows("maps", "redirects") if row["source"] == source]
 
     def _denial_line(self) -> str:
         for node in ("node1", "node2"):
