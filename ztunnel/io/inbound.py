@@ -53,6 +53,7 @@ class Delivery:
             self.sock = sockets.stream_socket(self._ip)
             self.sock.bind((self._ip, 0))
             self._local_port = self.sock.getsockname()[1]
+            worker.delivering.add((self._ip, self._local_port))
             worker.kernel.authorize_delivery(
                 self._ip,
                 self._port,
@@ -77,7 +78,12 @@ class Delivery:
         self._withdraw()
         self._fail(f"connect to {address_text(self._ip, self._port)}: {errno.errorcode.get(error, error)}")
 
+    def ended(self) -> None:
+        """The connection is over."""
+        self._worker.delivering.discard((self._ip, self._local_port))
+
     def _fail(self, error: str) -> None:
+        self.ended()
         if self.sock is not None:
             self.sock.close()
             self.sock = None
@@ -98,6 +104,7 @@ class Delivery:
             if self.sock is not None:
                 self.sock.close()
                 self.sock = None
+        self.ended()
 
 
 if TYPE_CHECKING:
@@ -203,7 +210,7 @@ class InboundRelay(StreamRelay):
         self._delivery.begin(*self._client)
 
     def _delivered(self, error: str) -> None:
-        delivery, self._delivery = self._delivery, None
+        delivery = self._delivery
         if error or delivery is None or delivery.sock is None:
             self._answer(hbone.UNAVAILABLE, "failed", error, flags="CONNECT")
             return
@@ -228,6 +235,10 @@ class InboundRelay(StreamRelay):
 
 def accept_plaintext(worker: Worker, pod: PodState, sock: Socket, peer: tuple[str, int]) -> None:
     """A connection that was steered to 15006 of the pod's namespace."""
+    if peer in worker.delivering:  # the kernel did not know our own delivery (any more)
+        worker.count("plaintext_loop")
+        sockets.reset(sock)
+        return
     captured = capture.plaintext(sockets.plain_address(sock.getsockname()), peer, pod.pod.addresses)
     if isinstance(captured, capture.Closed):
         worker.count(f"plaintext_{captured.reason}")
@@ -276,7 +287,7 @@ class PlaintextRelay(PlainRelay):
         self._delivery.begin(captured.client_ip, captured.client_port)
 
     def _delivered(self, error: str) -> None:
-        delivery, self._delivery = self._delivery, None
+        delivery = self._delivery
         if error or delivery is None or delivery.sock is None:
             self.abort(error, flags="CONNECT", event="failed")
             return

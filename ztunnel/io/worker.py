@@ -33,6 +33,7 @@ from ztunnel.io.sockets import Expiring, Namespaces, Socket
 from ztunnel.io.tunnel import ClientTunnel, Tunnel
 
 TICK_S: Final = 1.0
+_DRAIN_TICK_S: Final = 0.1
 _SOON_S: Final = 0.05
 _SCRATCH_BYTES: Final = 256 * 1024
 _LEVELS: Final = ("error", "warn", "info", "debug", "trace")
@@ -146,6 +147,8 @@ class Worker:
         self.pods: dict[str, PodState] = {}
         self.tunnels: set[Tunnel] = set()
         self.handshakes = 0
+        self.delivering: set[tuple[str, int]] = set()
+        """Addresses our deliveries come from: one that comes back to a capture listener is a loop."""
         self.link = Link(self)
         self.ledger = Ledger(self._send_events, self._flush_soon)
         self._flush_pending = False
@@ -156,6 +159,7 @@ class Worker:
         self._acks: list[node.Ack] = []
         self._level = _LEVELS.index(settings.log_level) if settings.log_level in _LEVELS else 2
         self._stopping = False
+        self._next_tick: asyncio.TimerHandle | None = None
         self._stopped: asyncio.Future[int] = loop.create_future()
 
     # --- services for the parts ----------------------------------------------------------------------------
@@ -227,7 +231,9 @@ class Worker:
 
     def _tick(self) -> None:
         now = self.now()
-        self.later(TICK_S, self._tick)
+        if self._next_tick is not None:
+            self._next_tick.cancel()
+        self._next_tick = self.later(_DRAIN_TICK_S if self._stopping else TICK_S, self._tick)
         for thing in [thing for thing, deadline in self._deadlines.items() if deadline <= now]:
             del self._deadlines[thing]
             thing.expired()
@@ -352,6 +358,7 @@ class Worker:
         now = self.now()
         for pod in self.pods.values():
             pod.begin_drain(now, grace_s)
+        self.later(_DRAIN_TICK_S, self._tick)
 
     async def run(self) -> int:
         """Until `stop` has drained. Returns the exit status."""
