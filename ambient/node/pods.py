@@ -421,6 +421,7 @@ class Pods:
             return
         self.note(member, "leaving")
         await enrol.leave(self.steps(member))
+        member.kicked.set()  # much may have changed meanwhile: look once more
         member.record.in_mesh = False
         self.records.save()
         self.count("left")
