@@ -26,7 +26,7 @@ from typing import Any
 from ambient.control.certificates import PodFacts
 from ambient.control.reconcile import Reconciler
 from ambient.control.statuses import ROOT_CONFIG_MAP
-from ambient.errors import AmbientError, ConfigFault
+from ambient.errors import AmbientError, PlatformFault
 from ambient.io import control_admin, logs
 from ambient.io.ca import Authority
 from ambient.io.control_writer import Writer
@@ -40,6 +40,7 @@ from ambient.manifest.kinds import Changed, Kind
 from ambient.manifest.mesh import Mesh
 from ambient.manifest.objects import Pod
 from ambient.manifest.problems import Problem
+from ambient.model.world import World
 from ambient.settings import ControlSettings, read_settings
 from ambient.xds.server import Server
 
@@ -128,17 +129,22 @@ class ControlPlane:
         loop = asyncio.get_running_loop()
         for reflector in self.reflectors:
             await reflector.synced.wait()
+        served: World | None = None
         while True:
             self._wake.clear()
             if self._changed:
                 self._changed = False
-                self.discovery.set_world(self.reconciler.publish(loop.time()))
-                self.publishes_total += 1
+                world = self.reconciler.publish(loop.time())
+                if world is not served:  # a node's heartbeat changes nothing
+                    served = world
+                    self.discovery.set_world(world)
+                    self.publishes_total += 1
                 self.writer.wake()
                 self._say_problems()
                 self._published.set()
             released = self.reconciler.release(loop.time(), lambda uid: self.discovery.acknowledged(uid, True))
             if released is not None:
+                served = released
                 self.discovery.set_world(released)
                 self.publishes_total += 1
             deadline = self.reconciler.delay.next_deadline
@@ -168,7 +174,9 @@ class ControlPlane:
             work = tasks.create_task(self._serve_and_write())
             await self._election.hold()
             work.cancel()
-        raise ConfigFault("leader_election", LEASE_NAME, "the lease was lost; starting again")
+        raise PlatformFault(
+            f"the lease {self.settings.system_namespace}/{LEASE_NAME} was lost: start again as a follower"
+        )
 
     async def _serve_and_write(self) -> None:
         def started(server: ControlServer) -> None:
