@@ -11,14 +11,13 @@ from __future__ import annotations
 import asyncio
 from pathlib import Path
 
-import grpc
-import grpc.aio
 from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 
 from ambient.errors import AmbientError, PeerFault
 from ambient.io.control_channel import bearer, describe, open_channel
+from ambient.io.quiet_grpc import grpc
 from ambient.model.identity import Identity
 from ambient.proto import ca_pb2, mesh_pb2
 from ambient.settings import NodeSettings

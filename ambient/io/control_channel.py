@@ -8,10 +8,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import grpc
-import grpc.aio
-
 from ambient.errors import ConfigFault
+from ambient.io.quiet_grpc import grpc
 from ambient.settings import NodeSettings
 
 RECEIVE_BYTES_MAX = 200 * 1024 * 1024  # Istio's limit

@@ -9,11 +9,9 @@ import random
 from collections.abc import Awaitable, Callable
 from typing import Any
 
-import grpc
-import grpc.aio
-
 from ambient.errors import AmbientError, OurFault, PeerFault
 from ambient.io.control_channel import bearer, describe, open_channel
+from ambient.io.quiet_grpc import grpc
 from ambient.model.world import Diff, World
 from ambient.proto import discovery_pb2
 from ambient.settings import NodeSettings

@@ -19,13 +19,11 @@ from collections import Counter
 from collections.abc import AsyncIterator, Callable
 from typing import Any, NoReturn
 
-import grpc
-import grpc.aio
-
 from ambient.control.certificates import Caller, PodsOnNode, Refused, Rules, authorize, renew_at
 from ambient.errors import AmbientError, PeerFault
 from ambient.io.authentication import Authenticator, Review, Unauthenticated
 from ambient.io.ca import Authority, ServerCertificate, read_csr
+from ambient.io.quiet_grpc import grpc
 from ambient.proto import ca_pb2, discovery_pb2, mesh_pb2
 from ambient.settings import ControlSettings
 from ambient.xds.server import Server
@@ -45,7 +43,7 @@ _OPTIONS = (
     ("grpc.keepalive_time_ms", 10_000),
     ("grpc.keepalive_timeout_ms", 20_000),
     ("grpc.keepalive_permit_without_calls", 1),
-    ("grpc.http2.min_recv_ping_interval_without_data_ms", 5_000),
+    ("grpc.http2.min_ping_interval_without_data_ms", 5_000),
     ("grpc.max_concurrent_streams", 128),
     ("grpc.so_reuseport", 0),  # a second control plane on this port must fail, not share it
 )

@@ -9,17 +9,16 @@ import time
 from collections.abc import AsyncIterator
 from pathlib import Path
 
-import grpc
-import grpc.aio
 import pytest
 from cryptography import x509
 
 from ambient.control.certificates import Caller, PodFacts
 from ambient.errors import ConfigFault, PeerFault, PlatformFault
-from ambient.io import authentication, ca
+from ambient.io import authentication, ca, control_channel, xds_server
 from ambient.io.authentication import Authenticator, Unauthenticated
 from ambient.io.ca_client import await_acknowledged, create_certificate, make_csr, make_key, trust_bundle
 from ambient.io.control_channel import bearer, open_channel
+from ambient.io.quiet_grpc import grpc
 from ambient.io.xds_client import METHOD, subscribe
 from ambient.model.policy import Action, Group, Policy, Scope
 from ambient.model.workload import TunnelProtocol, Workload
@@ -279,6 +278,30 @@ async def test_garbage_from_a_client_ends_its_stream_only(plane: ControlPlane) -
         plane.discovery.set_world(World())
         await until(lambda: len(follower.diffs) == 2)
         await until(lambda: len(plane.discovery.connected()) == 1)
+
+
+async def test_a_quiet_stream_survives_its_own_keepalive(
+    plane: ControlPlane, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """The server takes as many pings as the client sends: else it would end every idle stream as a flood."""
+
+    def faster(options: tuple[tuple[str, int], ...], name: str) -> tuple[tuple[str, int], ...]:
+        assert name in dict(options)
+        return tuple((key, value // 10 if key == name else value) for key, value in options)
+
+    monkeypatch.setattr(control_channel, "_OPTIONS", faster(control_channel._OPTIONS, "grpc.keepalive_time_ms"))
+    interval = "grpc.http2.min_ping_interval_without_data_ms"
+    monkeypatch.setattr(xds_server, "_OPTIONS", faster(xds_server._OPTIONS, interval))
+    fast = ControlPlane(tmp_path / "fast", Now(time.time()))
+    fast.directory.mkdir()
+    fast.discovery.set_world(World())
+    async with fast, Background() as background:
+        follower = Follower(fast.node())
+        background.start(follower.run())
+        await until(lambda: bool(follower.states))
+        # a ping leaves each second (gRPC sends none faster), and the third that is too early ends the connection
+        with pytest.raises(AssertionError, match="not within"):
+            await until(lambda: len(follower.states) > 1, timeout_s=3.5)
 
 
 # ---- acknowledgement ----
