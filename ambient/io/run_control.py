@@ -47,6 +47,7 @@ from ambient.xds.server import Server
 log = logging.getLogger(__name__)
 
 DEBOUNCE_S = 0.01  # collects what belongs together: a rollout's pods, a service and its slices
+PAUSE_S_MAX = 0.5
 LEASE_NAME = "ambient-control"
 
 WATCHED: tuple[Kind[Any], ...] = (
@@ -132,6 +133,7 @@ class ControlPlane:
         served: World | None = None
         while True:
             self._wake.clear()
+            started = loop.time()
             if self._changed:
                 self._changed = False
                 world = self.reconciler.publish(loop.time())
@@ -147,13 +149,15 @@ class ControlPlane:
                 served = released
                 self.discovery.set_world(released)
                 self.publishes_total += 1
+            busy_s = loop.time() - started
             deadline = self.reconciler.delay.next_deadline
             try:
                 async with asyncio.timeout_at(deadline):
                     await self._wake.wait()
             except TimeoutError:
                 continue
-            await asyncio.sleep(DEBOUNCE_S)
+            # with thousands of pods joining at once this takes long, and each acknowledgement wakes it again
+            await asyncio.sleep(max(DEBOUNCE_S, min(3 * busy_s, PAUSE_S_MAX)))
 
     _said: frozenset[Problem] = frozenset()
 
