@@ -281,18 +281,21 @@ class Maps:
         """Let one connection of ztunnel's into a pod, and show the application another client.
 
         ``local`` is the pod's side (where the application listens), ``remote`` the address and port ztunnel's
-        socket is bound to. ``client`` empty shows ``remote`` itself. Both entries or none; BpfFault if full or
-        if the 4-tuple is taken. Call `withdraw_delivery` if the connection does not come about.
+        socket is bound to. ``client`` empty shows ``remote`` itself. Both entries or none; BpfFault if full, or with
+        EEXIST if the application still has a connection with these ports: take another port. Call
+        `withdraw_delivery` if the connection does not come about, and only if this succeeded.
         """
         key = v.TupleKey(local, remote, local_port, remote_port).encode()
         now = time.monotonic_ns()
         if client:
-            self.tables["origins"].update(key, v.OriginValue(client, now, 0, client_port).encode())
+            shown = v.OriginValue(client, now, 0, client_port).encode()
+            self.tables["origins"].update(key, shown, bpf_sys.NOEXIST)
         try:
             value = v.AuthorizedValue(generation, now, workload, LAYOUT["REASON_ZTUNNEL"])
-            self.tables["authorized"].update(key, value.encode())
+            self.tables["authorized"].update(key, value.encode(), bpf_sys.NOEXIST)
         except BaseException:
-            self.tables["origins"].delete(key)
+            if client:
+                self.tables["origins"].delete(key)
             raise
 
     def withdraw_delivery(self, local: str, local_port: int, remote: str, remote_port: int) -> None:

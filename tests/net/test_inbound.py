@@ -141,6 +141,20 @@ class TestDelivery:
         assert caught.value.errno in (errno.E2BIG, errno.ENOMEM)
         assert node.maps.origins.get(key) is None
 
+    def test_ports_the_application_still_uses_are_refused_and_its_client_keeps_its_name(self, node, b):
+        app = b.puppet()
+        listening = app.listen(b.ip4)
+        sock = deliver(node, b)
+        accepted, _ = app.accept(listening)
+        key = (b.ip4, 80, *sock.getsockname())
+        with pytest.raises(BpfFault) as caught:
+            node.maps.authorize_delivery(*key, workload=b.workload, client="10.8.8.8", client_port=2)
+        assert caught.value.errno == errno.EEXIST
+        assert app.peer(accepted) == ("10.7.7.7", 4242)
+        assert not node.maps.authorized.items()
+        sock.close()
+        app.close(accepted)
+
     def test_a_port_used_again_keeps_the_new_clients_name(self, node, b):
         app = b.puppet()
         listening = app.listen(b.ip4)
