@@ -168,18 +168,22 @@ class MemberSteps:
 
     async def hand_back(self, drain_s: float) -> None:
         member, handle = self._member, self._member.handle
+        member.handle, member.handed = None, False
+        told = True
         try:
             if member.record.uid in self._holder.held:
                 await self._holder.remove(member.record.uid, drain_s)
         except AmbientError as error:
-            log.warning("pod %s: %s", member.title, error)  # a new holder is told by the next snapshot
+            log.warning("pod %s: %s", member.title, error)
+            told = False  # who still has them gives them to a new holder, which asks us, and then they go
         finally:
-            member.handle, member.handed = None, False
             if handle is not None:
                 fd = handle.fds.pop(m.NETNS, -1)
                 if fd >= 0:
                     os.close(fd)
-                listeners.close_for_good(handle.fds)
+                if told:
+                    listeners.close_for_good(handle.fds)
+                handle.close()
 
     async def leave_addresses(self) -> None:
         member = self._member

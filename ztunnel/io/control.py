@@ -180,6 +180,8 @@ class Control:
         """While its connections drain, a pod keeps its routes, verdicts and certificate."""
         if uid not in self._decisions.local.pods:
             return
+        # Nothing is sent to its resolver any more, and the agent takes the listeners away when this is answered.
+        self._dns.remove_pod(uid)
         if drain_s > 0:
             self._leaving[uid] = time.monotonic() + min(drain_s, 3600.0)
         else:
