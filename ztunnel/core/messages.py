@@ -178,7 +178,7 @@ class LogLevel(msgspec.Struct, frozen=True, tag=True, kw_only=True):
 
 
 class Synced(msgspec.Struct, frozen=True, tag=True):
-    """Control -> worker after start, and when verdicts come to depend on the source address: every question
+    """Control -> worker when verdicts come to depend on the source address: every question
     must be asked again, verdicts once per open connection with its real source address. An answer replaces
     what is cached; a verdict cached for every source address goes when one for a single address comes."""
 

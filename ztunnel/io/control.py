@@ -204,7 +204,6 @@ class Control:
         link = await WorkerLink.open(number, pid, self._serial, fd)
         self._links[link.serial] = link
         link.send(messages.LogLevel(level=self._level))
-        link.send(messages.Synced())
         self._spawn(self._serve_worker(link), f"worker {number}")
 
     async def _serve_worker(self, link: WorkerLink) -> None:
