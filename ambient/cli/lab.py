@@ -49,7 +49,9 @@ def up(files: tuple[Path, ...], nodes: int, name: str, ipv6: bool, no_mesh: bool
     """
     _root()
     plan = Lab(name, nodes, ipv6)
-    lacking = lifecycle.up(plan, files, mesh=not no_mesh, timeout_s=timeout, say=_talk)
+    from ambient.lab import start
+
+    lacking = start.up(plan, files, mesh=not no_mesh, timeout_s=timeout, say=_talk)
     if lacking:
         for what, why in lacking.items():
             click.echo(f"not ready: {what}: {why}", err=True)

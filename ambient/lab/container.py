@@ -20,7 +20,6 @@ from ambient.lab.probes import UNPROVEN_PERIOD_S, Prober, Tally, request_of
 from ambient.lab.sandbox import PodSandbox
 
 BACKOFF_FIRST_S, BACKOFF_LONGEST_S, BACKOFF_FORGET_S = 0.5, 30.0, 60.0
-BASE_ENVIRONMENT = {"PATH": "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin", "HOME": "/root"}
 
 
 def now_text() -> str:
@@ -152,7 +151,7 @@ class RunningContainer:
                 raise ConfigFault(
                     f"Pod {around.pod.key}: {container.name}", "grpc", "probes: httpGet, tcpSocket or exec"
                 )
-        base = BASE_ENVIRONMENT | {"HOSTNAME": around.pod.spec.hostname or around.pod.name}
+        base = environment.BASE_ENVIRONMENT | {"HOSTNAME": around.pod.spec.hostname or around.pod.name}
         env = environment.environment(around.pod, container, around.sandbox.addresses, around.host_addresses, base)
         argv = environment.command_line(around.pod, container, env)
         image = around.images.get(image_name(container.image), "/")

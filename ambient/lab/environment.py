@@ -8,6 +8,9 @@ from collections.abc import Mapping, Sequence
 from ambient.errors import ConfigFault
 from ambient.lab.objects import Container, KubeletPod
 
+BASE_ENVIRONMENT = {"PATH": "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin", "HOME": "/root"}
+"""What every container has."""
+
 _REFERENCE = re.compile(r"\$(?:\$|\(([A-Za-z_.-][A-Za-z0-9_.-]*)\))")
 _KEYED = re.compile(r"metadata\.(labels|annotations)\['([^']+)'\]")
 

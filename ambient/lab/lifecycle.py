@@ -1,103 +1,32 @@
-"""What `ambient lab` does: start a lab, end it, look at it, enter its pods."""
+"""What `ambient lab` does with labs that are there: end them, look at them, enter their pods.
+
+Light to import (no Kubernetes client), because `lab exec` is typed often and waits for it each time.
+"""
 
 from __future__ import annotations
 
-import asyncio
 import fcntl
-import json
 import os
-import subprocess
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from ambient.errors import ConfigFault, PlatformFault
-from ambient.io.kube import KubeClient
-from ambient.lab import apply, cgroups, commands, mesh, record, teardown
-from ambient.lab.container import BASE_ENVIRONMENT
-from ambient.lab.process import child_environment, python_module
-from ambient.lab.readiness import wait_ready
+from ambient.errors import ConfigFault
+from ambient.lab import cgroups, commands, record, teardown
+from ambient.lab.environment import BASE_ENVIRONMENT
 from ambient.lab.topology import RUN, Lab
-
-Say = Callable[[str], None]
-_LOG_LINES = 25
-_START_S = 60.0
-
-
-def up(plan: Lab, files: Sequence[Path], *, mesh: bool, timeout_s: float, say: Say) -> dict[str, str]:
-    """Start a lab and create the files' objects. Returns what is not ready in time, with reasons.
-
-    Raises ConfigFault for a name in use or a bad file (nothing is started then), PlatformFault if the lab cannot
-    start (nothing is left then).
-    """
-    documents = apply.read(files)
-    directory = Path(plan.directory)
-    with _locked():
-        if directory.exists():
-            raise ConfigFault("lab", plan.name, f"is there already: ambient lab down --name {plan.name}")
-        teardown.remove(plan)  # of a crashed lab the directory may be gone and the rest not
-        (directory / "logs").mkdir(parents=True, mode=0o755)
-        images = apply.images(documents)
-        record.write(record.LabRecord(name=plan.name, nodes=plan.nodes, ipv6=plan.ipv6, mesh=mesh, images=images))
-    try:
-        _start_supervisor(plan, say)
-    except BaseException:
-        teardown.remove(plan)
-        raise
-    return asyncio.run(_populate(plan, documents, timeout_s, say))
-
-
-def _start_supervisor(plan: Lab, say: Say) -> None:
-    """Start it and pass on what it says, until it is ready. PlatformFault with the end of its log if it fails."""
-    log_path = Path(plan.directory) / "logs" / "supervisor.log"
-    read_end, write_end = os.pipe()
-    with log_path.open("ab") as log, os.fdopen(read_end, "rb") as progress:
-        process = subprocess.Popen(
-            python_module("ambient.lab.supervisor", plan.name, "--progress", str(write_end)),
-            stdin=subprocess.DEVNULL,
-            stdout=log,
-            stderr=log,
-            pass_fds=(write_end,),
-            start_new_session=True,
-            cwd="/",
-            env=child_environment(),
-        )
-        os.close(write_end)
-        for line in progress:
-            told = json.loads(line)
-            if told.get("ready"):
-                return
-            if "error" in told:
-                raise PlatformFault(f"the lab cannot start: {told['error']}\n{_tail(log_path)}")
-            say(f"- {told['step']}")
-        code = process.wait(_START_S)
-    raise PlatformFault(f"the lab cannot start: its supervisor ended with {code}\n{_tail(log_path)}")
-
-
-def _tail(path: Path) -> str:
-    return "\n".join(path.read_text(errors="replace").splitlines()[-_LOG_LINES:])
-
-
-async def _populate(plan: Lab, documents: Sequence[apply.Document], timeout_s: float, say: Say) -> dict[str, str]:
-    async with KubeClient.from_settings(str(plan.kubeconfig)) as client:
-        applier = apply.Applier(client)
-        for document in documents:
-            await applier.apply(document)
-        if documents:
-            say(f"- {len(documents)} objects created")
-        return await wait_ready(client, timeout_s, lambda line: say(f"- {line}"))
 
 
 def down(name: str) -> teardown.Removed:
     """Remove the lab of this name, whatever of it there is."""
     plan = Lab(name)
-    with _locked():
+    with locked():
         return teardown.remove(plan)
 
 
 @contextmanager
-def _locked() -> Iterator[None]:
+def locked() -> Iterator[None]:
     """One lab is made or removed at a time."""
     try:
         os.makedirs(RUN, exist_ok=True)
@@ -151,7 +80,7 @@ def status(found: record.LabRecord) -> tuple[list[dict[str, Any]], bool]:
         rows.append(_process("control", "control", "", control[0] if control else 0, [plan.control4]))
         for node in plan.plans():
             for role in ("holder", "agent", "ztunnel"):
-                pid = _pid_file(mesh.files_of(node).run_dir / f"{role}.pid")
+                pid = _pid_file(Path(node.directory) / "run" / f"{role}.pid")
                 rows.append(_process(role, role, node.name, pid, []))
         well = well and all(row["state"] in ("ready", "running") for row in rows)
     for node in plan.plans():

@@ -39,6 +39,7 @@ from ambient.manifest.kinds import NODE
 log = logging.getLogger("ambient.lab")
 API_PORT = 6443
 _SERVICES_S = 10.0
+_AGENT_S = 20.0
 
 
 class Supervisor:
@@ -134,6 +135,9 @@ class Supervisor:
         proxies = [self._start_node(group, node, client, cluster) for node in lab.plans()]
         async with asyncio.timeout(_SERVICES_S):
             await asyncio.gather(*(proxy.synced.wait() for proxy in proxies))
+        if self._record.mesh:
+            self.say(step="agents load their programs")
+            await asyncio.gather(*(self._agent_answers(node) for node in lab.plans()))
 
     def _start_node(self, group: asyncio.TaskGroup, node: NodePlan, client: KubeClient, cluster: Cluster) -> KubeProxy:
         lab = self._lab
@@ -159,6 +163,21 @@ class Supervisor:
         self._processes += [mesh.holder_process(lab, node, self._logs) for node in lab.plans()]
         for process in self._processes:
             group.create_task(process.run(), name=process.name)
+
+    async def _agent_answers(self, node: NodePlan) -> None:
+        """Wait for the CNI plugin's other end: without it no pod starts. One that never comes is the pods' to tell."""
+        path = str(mesh.files_of(node).run_dir / "cni.sock")
+        try:
+            async with asyncio.timeout(_AGENT_S):
+                while True:
+                    try:
+                        _, writer = await asyncio.open_unix_connection(path)
+                        writer.close()
+                        return
+                    except OSError:
+                        await asyncio.sleep(0.05)
+        except TimeoutError:
+            log.warning("%s: no agent after %.0f s: no pod of it will start; see the node's log", node.name, _AGENT_S)
 
     async def _create_objects(self, client: KubeClient) -> None:
         """Nodes, and the DNS server's Service, which other addresses' owners expect to find."""
