@@ -49,9 +49,9 @@ def up(files: tuple[Path, ...], nodes: int, name: str, ipv6: bool, no_mesh: bool
     """
     _root()
     plan = Lab(name, nodes, ipv6)
-    from ambient.lab import start
+    from ambient.lab import start as starting
 
-    lacking = start.up(plan, files, mesh=not no_mesh, timeout_s=timeout, say=_talk)
+    lacking = starting.up(plan, files, mesh=not no_mesh, timeout_s=timeout, say=_talk)
     if lacking:
         for what, why in lacking.items():
             click.echo(f"not ready: {what}: {why}", err=True)
@@ -161,6 +161,35 @@ def logs(name: str | None, namespace: str, container: str | None, follow: bool, 
     with file.open("rb") as log:
         while block := log.read(1 << 16):
             sys.stdout.buffer.write(block)
+
+
+@lab.command()
+@_name
+@click.argument("process")
+def stop(name: str | None, process: str) -> None:
+    """Stop `control`, or the mesh's processes of a node, to see what goes on without them. Pods are not touched.
+
+    \b
+    Example:
+      ambient lab stop control
+      ambient lab start control
+    """
+    _root()
+    lifecycle.stop(record.read(record.choose(name)), process)
+
+
+@lab.command()
+@_name
+@click.argument("process")
+def start(name: str | None, process: str) -> None:
+    """Start again what `stop` stopped.
+
+    \b
+    Example:
+      ambient lab start control
+    """
+    _root()
+    lifecycle.start(record.read(record.choose(name)), process)
 
 
 @lab.command()

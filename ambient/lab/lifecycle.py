@@ -9,7 +9,7 @@ import fcntl
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 from ambient.errors import ConfigFault
@@ -120,6 +120,29 @@ def _pid_file(path: Path) -> int:
     except (OSError, ValueError):
         return 0
     return pid
+
+
+def stop(found: record.LabRecord, name: str) -> None:
+    """End `control`, or a node's holder, agent and ztunnel, and keep them so until `start`. Pods are not touched."""
+    path, cgroup = _stoppable(found, name)
+    path.parent.mkdir(exist_ok=True)
+    path.touch()
+    for part in cgroup:
+        cgroups.kill(cgroups.mount_point() / part)
+
+
+def start(found: record.LabRecord, name: str) -> None:
+    """Undo `stop`. The processes come back at once."""
+    _stoppable(found, name)[0].unlink(missing_ok=True)
+
+
+def _stoppable(found: record.LabRecord, name: str) -> tuple[Path, tuple[PurePosixPath, ...]]:
+    plan = found.plan()
+    known: dict[str, tuple[PurePosixPath, ...]] = {"control": (plan.cgroup / "control",)}
+    known |= {node.name: (node.agent_cgroup, node.ztunnel_cgroup) for node in plan.plans()}
+    if not found.mesh or name not in known:
+        raise ConfigFault(f"lab {plan.name}", name, f"no such process; there are {', '.join(known)}")
+    return Path(plan.stopped) / name, known[name]
 
 
 def exec_line(

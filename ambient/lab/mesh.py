@@ -34,6 +34,7 @@ from ambient.settings import ControlSettings, NodeSettings
 
 log = logging.getLogger(__name__)
 
+CONTROL = "control"
 SYSTEM = "ambient-system"
 ACCOUNT = "ambient-node"
 AUDIENCE = "istio-ca"
@@ -250,7 +251,14 @@ def control_process(lab: Lab, logs: Path) -> KeptProcess:
     (Path(lab.directory) / "control").mkdir(mode=0o700, exist_ok=True)
     cgroup = cgroups.create(lab.cgroup / "control")
     argv = python_module("ambient.io.run_control", "--config", str(settings))
-    return KeptProcess("control", argv, cgroup=cgroup, netns=lab.underlay_netns, log_file=logs / "control.log")
+    return KeptProcess(
+        CONTROL,
+        argv,
+        cgroup=cgroup,
+        netns=lab.underlay_netns,
+        log_file=logs / "control.log",
+        stopped=Path(lab.stopped),
+    )
 
 
 def holder_process(lab: Lab, node: NodePlan, logs: Path) -> KeptProcess:
@@ -261,6 +269,10 @@ def holder_process(lab: Lab, node: NodePlan, logs: Path) -> KeptProcess:
     Path(lab.bpffs / node.name).mkdir(parents=True, exist_ok=True)
     argv = python_module("ambient.node.holder", "--config", str(files.settings))
     return KeptProcess(
-        f"holder of {node.name}", argv, cgroup=mount / node.agent_cgroup, netns=node.netns,
+        node.name,
+        argv,
+        cgroup=mount / node.agent_cgroup,
+        netns=node.netns,
         log_file=logs / f"{node.name}.log",
-    )  # fmt: skip
+        stopped=Path(lab.stopped),
+    )

@@ -16,6 +16,7 @@ from ambient.lab import commands
 
 log = logging.getLogger(__name__)
 RESTART_FIRST_S, RESTART_LONGEST_S, STEADY_S = 0.1, 5.0, 5.0
+_LOOK_S = 0.1
 
 
 def python_module(module: str, *args: str) -> list[str]:
@@ -30,18 +31,27 @@ def child_environment() -> dict[str, str]:
 
 
 class KeptProcess:
-    """`run` starts it, and starts it again whenever it ends, until cancelled; then it is killed."""
+    """`run` starts it, and starts it again whenever it ends, until cancelled; then it is killed.
 
-    def __init__(self, name: str, argv: Sequence[str], *, cgroup: Path, netns: str, log_file: Path) -> None:
+    While a file of its name exists in ``stopped`` it is not started: the user wants to see the lab without it.
+    """
+
+    def __init__(
+        self, name: str, argv: Sequence[str], *, cgroup: Path, netns: str, log_file: Path, stopped: Path
+    ) -> None:
         self.name = name
         self.pid = 0
         self.starts = 0
+        self._stopped = stopped / name
         self._argv = commands.enter_argv(argv, cgroup=str(cgroup), netns=commands.netns_path(netns))
         self._log_file = log_file
 
     async def run(self) -> None:
         pause_s = RESTART_FIRST_S
         while True:
+            if self._stopped.exists():
+                await asyncio.sleep(_LOOK_S)
+                continue
             started = time.monotonic()
             with self._log_file.open("ab") as file:
                 process = await asyncio.create_subprocess_exec(
@@ -62,6 +72,8 @@ class KeptProcess:
                 raise
             finally:
                 self.pid = 0
+            if self._stopped.exists():
+                continue
             # one that ends again and again is given time; one that ran well is back at once
             pause_s = RESTART_FIRST_S if time.monotonic() - started > STEADY_S else min(pause_s * 2, RESTART_LONGEST_S)
             log.warning(

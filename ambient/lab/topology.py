@@ -137,6 +137,11 @@ class Lab:
         return self.directory / "kubeconfig-underlay"
 
     @property
+    def stopped(self) -> PurePosixPath:
+        """Files here name processes of the mesh that shall not run: `control` or a node."""
+        return self.directory / "stopped"
+
+    @property
     def bpffs(self) -> PurePosixPath:
         return self.directory / "bpf"
 

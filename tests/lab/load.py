@@ -2,6 +2,7 @@
 closes; then one JSON line: how many were answered, the failures with their times, and the longest pause."""
 
 import http.client
+import itertools
 import json
 import sys
 import threading
@@ -48,6 +49,8 @@ stop.set()
 for thread in threads:
     thread.join()
 times.sort()
-gaps = [(b - a, b) for a, b in zip(times, times[1:])]
+gaps = [(b - a, b) for a, b in itertools.pairwise(times)]
 pause, until = max(gaps, default=(0.0, 0.0))
-print(json.dumps({"answered": answered, "failed": failed[:20], "failures": len(failed), "pause": pause, "until": until}))
+print(
+    json.dumps({"answered": answered, "failed": failed[:20], "failures": len(failed), "pause": pause, "until": until})
+)

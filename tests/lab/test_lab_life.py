@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
+import subprocess
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -115,3 +118,36 @@ def test_pods_that_do_not_become_ready_end_up_with_exit_code_1_and_the_reason(
     )
     with pytest.raises(CommandFailed, match=r"not ready: pod default/p: .*command.*must be given"):
         labs[1].up([file], "--no-mesh", "--no-ipv6", "--timeout", "2")
+
+
+@pytest.mark.lab
+@pytest.mark.parametrize("crash", [False, True])
+def test_nothing_of_the_mesh_is_left_pins_and_programs_included(labs: list[Driver], crash: bool) -> None:
+    require("lab")
+    one = labs[0]
+    programs = set(bpf_ids("prog"))
+    one.up([SHOP])
+    one.kubectl("label", "namespace", "shop", "istio.io/dataplane-mode=ambient")
+    eventually(
+        lambda: all("ambient.istio.io/redirection" in p["metadata"].get("annotations", {}) for p in shop(one)), 20, "it"
+    )
+    mine = set(bpf_ids("prog")) - programs
+    assert mine
+    if crash:
+        for name in ("holder", "agent", "ztunnel"):
+            for file in Path(one.lab.directory).glob(f"nodes/*/run/{name}.pid"):
+                os.kill(int(file.read_text()), signal.SIGKILL)
+        os.kill(record.read(one.lab.name).supervisor_pid, signal.SIGKILL)
+    one.down()
+    assert traces(one.lab) == []
+    # programs go when the kernel has let go of the last socket and link, a moment later
+    eventually(lambda: not mine & set(bpf_ids("prog")), 10, "the programs to go")
+
+
+def shop(driver: Driver) -> list[dict[str, Any]]:
+    found: list[dict[str, Any]] = driver.get("pods", "-n", "shop")["items"]
+    return found
+
+
+def bpf_ids(kind: str) -> list[int]:
+    return [int(item["id"]) for item in json.loads(subprocess.check_output(["bpftool", kind, "list", "-j"]))]
