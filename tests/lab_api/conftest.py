@@ -26,6 +26,13 @@ from ambient.lab.apiserver.store import Sources, Store
 from tests.support.require import require
 
 
+async def until(condition: Callable[[], bool], timeout_s: float = 10.0) -> None:
+    """Wait for a condition; TimeoutError if it does not come."""
+    async with asyncio.timeout(timeout_s):
+        while not condition():  # noqa: ASYNC110 - any condition, not one event
+            await asyncio.sleep(0.01)
+
+
 class Clock:
     """Time that passes only when told to."""
 

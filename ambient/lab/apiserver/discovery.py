@@ -27,6 +27,7 @@ VERSION: JsonObject = {
 
 HEALTH_PATHS = ("/healthz", "/livez", "/readyz")
 
+_PATCH_OPTIONS = ("dryRun", "fieldManager", "fieldValidation")
 _SCALE_KIND = ("autoscaling", "v1", "Scale")
 _SUBRESOURCE_KINDS = {
     "scale": _SCALE_KIND,
@@ -105,18 +106,52 @@ def _subresource(kind: Kind, name: str) -> JsonObject:
     return entry
 
 
-def openapi_v2() -> JsonObject:
-    return {"swagger": "2.0", "info": {"title": "Kubernetes", "version": VERSION["gitVersion"]}, "paths": {}}
+def _paths(registry: Registry) -> Iterable[tuple[str, JsonObject]]:
+    """The path of one object of each kind and version, with its group, version and kind."""
+    for kind in registry:
+        scope = "/namespaces/{namespace}" if kind.namespaced else ""
+        for version in () if kind.virtual else kind.versions:
+            base = f"/apis/{kind.group}/{version}" if kind.group else f"/api/{version}"
+            gvk = {"group": kind.group, "version": version, "kind": kind.kind}
+            yield f"{base}{scope}/{kind.plural}/{{name}}", gvk
 
 
-def openapi_v2_protobuf() -> bytes:
-    """The same document as ``openapi.v2.Document`` (gnostic): swagger = 1, info = 2 {title = 1, version = 2}."""
+def openapi_v2(registry: Registry) -> JsonObject:
+    """Each kind's PATCH and the options it takes: clients look there whether dry runs are possible."""
+    parameters = [{"name": name, "in": "query", "type": "string"} for name in _PATCH_OPTIONS]
+    paths = {
+        path: {"patch": {"parameters": parameters, "responses": {}, "x-kubernetes-group-version-kind": gvk}}
+        for path, gvk in _paths(registry)
+    }
+    info = {"title": "Kubernetes", "version": VERSION["gitVersion"]}
+    return {"swagger": "2.0", "info": info, "paths": paths}
 
-    def text(number: int, value: bytes) -> bytes:
-        return bytes((number << 3 | 2, len(value))) + value
 
-    info = text(1, b"Kubernetes") + text(2, str(VERSION["gitVersion"]).encode())
-    return text(1, b"2.0") + text(2, info)
+def _field(number: int, value: bytes | str) -> bytes:
+    """A length-delimited protobuf field."""
+    data = value.encode() if isinstance(value, str) else value
+    length, size = bytearray(), len(data)
+    while size > 0x7F:
+        length.append(size & 0x7F | 0x80)
+        size >>= 7
+    length.append(size)
+    return bytes((number << 3 | 2,)) + bytes(length) + data
+
+
+def openapi_v2_protobuf(registry: Registry) -> bytes:
+    """The same document as ``openapi.v2.Document`` of gnostic, whose field numbers these are."""
+
+    def query(name: str) -> bytes:  # parameters item -> parameter -> non-body -> query, its name
+        return _field(8, _field(1, _field(2, _field(3, _field(2, "query") + _field(4, name) + _field(6, "string")))))
+
+    parameters = b"".join(query(name) for name in _PATCH_OPTIONS)
+    paths = b""
+    for path, gvk in _paths(registry):
+        text = "".join(f"{key}: '{value}'\n" for key, value in gvk.items())
+        extension = _field(13, _field(1, "x-kubernetes-group-version-kind") + _field(2, _field(2, text)))
+        paths += _field(2, _field(1, path) + _field(2, _field(8, parameters + extension)))
+    info = _field(1, "Kubernetes") + _field(2, str(VERSION["gitVersion"]))
+    return _field(1, "2.0") + _field(2, info) + _field(8, paths)
 
 
 def openapi_v3_index(registry: Registry) -> JsonObject:
@@ -140,8 +175,7 @@ def openapi_v3(registry: Registry, group: str, version: str) -> JsonObject | Non
         scope = "/namespaces/{namespace}" if kind.namespaced else ""
         gvk = {"group": group, "version": version, "kind": kind.kind}
         parameters = [
-            {"name": name, "in": "query", "schema": {"type": "string", "uniqueItems": True}}
-            for name in ("dryRun", "fieldManager", "fieldValidation")
+            {"name": name, "in": "query", "schema": {"type": "string", "uniqueItems": True}} for name in _PATCH_OPTIONS
         ]
         operation = {"parameters": parameters, "responses": {}, "x-kubernetes-group-version-kind": gvk}
         paths[f"{base}{scope}/{kind.plural}"] = {

@@ -67,6 +67,11 @@ class ApiServer:
         """The certificate that signed the server's and all client certificates."""
         return self._authority.certificate
 
+    @property
+    def watches(self) -> int:
+        """Watches open now."""
+        return self._reads.watches
+
     async def start(self) -> None:
         """Serve on every socket handed in; ends with `stop`."""
         names = ["localhost", "127.0.0.1", "::1", "kubernetes", "kubernetes.default", "kubernetes.default.svc"]
@@ -79,7 +84,10 @@ class ApiServer:
         context = server_context(self._authority.server(dict.fromkeys(names), datetime.now(UTC)), self.ca_pem)
         application = web.Application(client_max_size=BODY_BYTES_MAX)
         application.router.add_route("*", "/{path:.*}", self._handle)
-        self._runner = web.AppRunner(application, access_log=None, shutdown_timeout=1.0, handle_signals=False)
+        # A client that hangs up ends its handler, or its watch would stay until the next write to it.
+        self._runner = web.AppRunner(
+            application, access_log=None, shutdown_timeout=1.0, handle_signals=False, handler_cancellation=True
+        )
         await self._runner.setup()
         for sock in self._sockets:
             await web.SockSite(self._runner, sock, ssl_context=context).start()
@@ -211,8 +219,8 @@ class ApiServer:
             if "protobuf" in request.headers.get("Accept", ""):
                 # The "@" of the type asked for is no legal media type; old clients parse the answer's strictly.
                 media = "application/com.github.proto-openapi.spec.v2.v1.0+protobuf"
-                return web.Response(body=discovery.openapi_v2_protobuf(), content_type=media)
-            document = discovery.openapi_v2()
+                return web.Response(body=discovery.openapi_v2_protobuf(registry), content_type=media)
+            document = discovery.openapi_v2(registry)
         elif path == "/openapi/v3":
             document = discovery.openapi_v3_index(registry)
         elif path.startswith("/openapi/v3/"):

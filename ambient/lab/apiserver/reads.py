@@ -28,6 +28,10 @@ class Reads:
         self._settings = settings
         self._watches: set[asyncio.Task[Any]] = set()
 
+    @property
+    def watches(self) -> int:
+        return len(self._watches)
+
     def stop(self) -> None:
         """End every watch."""
         for task in tuple(self._watches):

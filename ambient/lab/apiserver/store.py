@@ -359,7 +359,8 @@ class Store:
         account = pod["spec"]["serviceAccountName"]
         if self.find(schema.SERVICE_ACCOUNT, namespace, account) is None:
             why = f'error looking up service account {namespace}/{account}: serviceaccount "{account}" not found'
-            raise forbidden("pods", "", pod["metadata"]["name"], why)
+            metadata = pod["metadata"]
+            raise forbidden("pods", "", metadata.get("generateName") or metadata["name"], why)
 
     def _complete_service(self, service: JsonObject, old: JsonObject | None) -> None:
         key = (service["metadata"]["namespace"], service["metadata"]["name"])

@@ -383,10 +383,10 @@ def json_path(obj: Any, path: str) -> list[Any]:
     return values
 
 
-def _custom_cells(kind: Kind) -> Cells:
+def _custom_cells(columns: Sequence[tuple[str, str, str, int]]) -> Cells:
     def cells(obj: JsonObject, now: datetime) -> list[Any]:
         row: list[Any] = [obj["metadata"]["name"]]
-        for _, column_type, path, _ in kind.columns:
+        for _, column_type, path, _ in columns:
             values = json_path(obj, path)
             if not values:
                 row.append("")
@@ -408,7 +408,7 @@ def _layout(kind: Kind) -> tuple[tuple[Column, ...], Cells]:
         return _TABLES[kind.resource]
     columns = kind.columns or (("Age", "date", ".metadata.creationTimestamp", 0),)
     made = (Column("Name"), *(Column(name, "string" if t == "date" else t, p) for name, t, _, p in columns))
-    return made, _custom_cells(kind)
+    return made, _custom_cells(columns)
 
 
 def table(

@@ -18,6 +18,8 @@ from ambient.lab.apiserver.selectors import Matcher
 from ambient.lab.apiserver.status import ApiError, JsonObject
 
 INITIAL_EVENTS_END = "k8s.io/initial-events-end"
+_WRITE_BYTES = 64 * 1024
+"""Events are gathered up to this; TLS transports hold back a writer only between writes, never within one."""
 Shape = Callable[[JsonObject, bool], JsonObject]
 """Makes the document sent for an object; the flag says whether it is the first of this watch (table headers)."""
 
@@ -95,23 +97,28 @@ async def serve(
     end_listening = history.listen(lambda resource: wake.set() if resource == kind.resource else None)
     first = True
 
+    async def put(data: bytes) -> None:
+        async with asyncio.timeout(options.write_timeout_s):
+            await write(data)
+
     async def send(events: Iterable[tuple[str, JsonObject]]) -> None:
         nonlocal first
-        lines = []
+        batch = bytearray()
         for name, obj in events:
-            lines.append(msgspec.json.encode({"type": name, "object": shape(obj, first)}) + b"\n")
+            batch += msgspec.json.encode({"type": name, "object": shape(obj, first)}) + b"\n"
             first = False
-        if lines:
-            async with asyncio.timeout(options.write_timeout_s):
-                await write(b"".join(lines))
+            if len(batch) >= _WRITE_BYTES:
+                await put(bytes(batch))
+                batch.clear()
+        if batch:
+            await put(bytes(batch))
 
     async def bookmark(version: int, annotations: JsonObject | None = None) -> None:
         metadata: JsonObject = {"resourceVersion": str(version), "creationTimestamp": None}
         if annotations:
             metadata["annotations"] = annotations
         document = {"kind": kind.kind, "apiVersion": api_version, "metadata": metadata}
-        async with asyncio.timeout(options.write_timeout_s):
-            await write(msgspec.json.encode({"type": "BOOKMARK", "object": document}) + b"\n")
+        await put(msgspec.json.encode({"type": "BOOKMARK", "object": document}) + b"\n")
 
     try:
         cursor = Cursor(history, kind, options)
@@ -141,6 +148,6 @@ async def serve(
             except TimeoutError:
                 pass
     except ApiError as error:
-        await write(msgspec.json.encode({"type": "ERROR", "object": error.document()}) + b"\n")
+        await put(msgspec.json.encode({"type": "ERROR", "object": error.document()}) + b"\n")
     finally:
         end_listening()
