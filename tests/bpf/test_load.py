@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import os
 import struct
 import subprocess
@@ -15,6 +14,7 @@ from ambient.datapath.layout import LAYOUT
 from ambient.errors import LayoutMismatch, PlatformFault
 from ambient.io import bpf_links, bpf_load, bpf_sys, bpffs, cgroup
 from ambient.io.bpf_maps import Maps
+from tests.support.foreign import connect4_program
 from tests.support.require import require
 
 pytestmark = [pytest.mark.bpf, pytest.mark.net]
@@ -30,18 +30,6 @@ def place(netlab, request):
     yield directory, node, pods
     bpf_links.unload(directory)
     cgroup.remove(node)
-
-
-def tiny_program() -> int:
-    """A foreign cgroup/connect4 program that returns 1."""
-    instructions = struct.pack("=QQ", 0x1_0000_00B7, 0x95)
-    text = ctypes.create_string_buffer(instructions)
-    licence = ctypes.create_string_buffer(b"GPL")
-    attr = struct.pack("=IIQQIIQII16sII", 18, 2, ctypes.addressof(text), ctypes.addressof(licence), 0, 0, 0, 0, 0,
-                       b"stranger", 0, bpf_sys.ATTACH_CONNECT4)  # fmt: skip
-    result, _ = bpf_sys._command(5, attr)
-    assert result >= 0, os.strerror(-result)
-    return result
 
 
 def test_loading_twice_is_once(loaded_node):
@@ -74,7 +62,7 @@ def test_checking_compiles_and_attaches_nothing(place):
 
 def test_a_foreign_program_that_allows_no_other_is_named_and_nothing_stays(place):
     directory, node, pods = place
-    prog = tiny_program()
+    prog = connect4_program()
     fd = os.open(node, os.O_RDONLY | os.O_DIRECTORY)
     result, _ = bpf_sys._command(8, struct.pack("=IIII", fd, prog, bpf_sys.ATTACH_CONNECT4, 0))
     assert result == 0, os.strerror(-result)
@@ -96,7 +84,7 @@ def test_a_kernel_that_does_not_do_what_is_needed_is_refused_before_anything_is_
 
     def crippled():
         compiled = real()
-        compiled.programs["connect4"] = tiny_program()
+        compiled.programs["connect4"] = connect4_program()
         return compiled
 
     monkeypatch.setattr(bpf_load, "Compiled", crippled)

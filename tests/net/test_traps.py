@@ -16,6 +16,7 @@ import pytest
 from ambient.datapath.layout import LAYOUT
 from ambient.datapath.values import WorkloadValue
 from ambient.io import netns
+from tests.support.foreign import attached, port_rewriter
 from tests.support.netlab import run_ip, until
 
 pytestmark = [pytest.mark.net, pytest.mark.bpf]
@@ -71,6 +72,7 @@ def test_reconnecting_after_a_refused_connect_makes_a_new_record(node, a):
 
 
 def test_a_socket_reconnected_outside_the_mesh_keeps_nothing_of_its_capture(node, a, plain_server):
+    counted = node.counted()
     app = a.puppet()
     slot = app.connect(VIP, 80)
     sock, original = accept(node, a)
@@ -84,6 +86,7 @@ def test_a_socket_reconnected_outside_the_mesh_keeps_nothing_of_its_capture(node
     plain_server.server.accept(plain_server.listening[plain_server.ip4])
     assert app.peer(slot) == (plain_server.ip4, 80)
     assert not node.leftovers()
+    assert counted("tuple_mismatch") == 0, "connect forgot the old record, so there was nothing to compare"
 
 
 def test_a_socket_disconnected_and_reconnected_within_the_mesh_gets_a_new_record(node, a):
@@ -184,6 +187,31 @@ def test_with_loopback_down_the_connect_fails_and_nothing_is_left(node, a):
     app.close(slot)
     assert not node.leftovers()
     assert flows(node, a) == 0
+
+
+def test_a_destination_somebody_else_rewrote_afterwards_gets_no_record(node, a):
+    """The record names 127.0.0.1:15001; the connection goes elsewhere, so nothing is written on its behalf."""
+    counted = node.counted()
+    app = a.puppet()
+    stranger = app.listen("127.0.0.1", 15099)
+    with attached(port_rewriter(15099), node.cgroup):
+        slot = app.connect(VIP, 80)
+    app.accept(stranger)
+    assert counted("tuple_mismatch") == 1
+    assert not node.leftovers()
+    assert flows(node, a) == 0
+    assert app.peer(slot) == ("127.0.0.1", 15099), "and the application is shown where it really is"
+
+
+def test_a_probe_somebody_else_rewrote_afterwards_is_not_authorized(node, b):
+    counted = node.counted()
+    app = b.puppet()
+    app.listen(b.ip4, 8080)
+    with attached(port_rewriter(8080), node.cgroup):
+        node.process("kubelet").connect(b.ip4, 80)
+    b.listeners["plaintext4"].accept()[0].close()
+    assert counted("tuple_mismatch") == 1
+    assert not node.maps.authorized.items()
 
 
 def test_connecting_twice_changes_nothing(node, a):
