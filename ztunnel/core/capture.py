@@ -6,6 +6,7 @@ The recursion guard is here: neither an application nor a peer may reach the mes
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from ambient import ports
 
@@ -17,8 +18,7 @@ class Closed:
     reason: str
 
 
-@dataclass(frozen=True, slots=True)
-class Captured:
+class Captured(NamedTuple):
     """Carry it to ``ip``:``port``; ``endpoint`` is what the hook chose, empty if nothing."""
 
     ip: str

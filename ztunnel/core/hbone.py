@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
-from typing import Final
+from typing import Final, NamedTuple
 
 from ambient import ports
-from ambient.model.address import SocketAddress, parse_ip
-from ztunnel.core.headers import STATUS_200, Header, encode
+from ambient.model.address import SocketAddress
+from ztunnel.core.headers import FORWARDED_START, STATUS_200, Header, encode
 
 OK: Final = 200
 BAD_REQUEST: Final = 400
@@ -32,8 +32,7 @@ class Refused:
     reason: str
 
 
-@dataclass(frozen=True, slots=True)
-class Connect:
+class Connect(NamedTuple):
     """A CONNECT that may go on to be authorized."""
 
     ip: str
@@ -66,8 +65,9 @@ class Requests:
         text = f"{trace:048x}"
         forwarded = b'for="%s"' % client.encode()
         # Literals without indexing, lengths below 127: see ztunnel.core.headers.encode.
-        return b"%s\x00\x09forwarded%c%s\x00\x0btraceparent\x3700-%s-%s-01" % (
+        return b"%s%s%c%s\x00\x0btraceparent\x3700-%s-%s-01" % (
             prefix,
+            FORWARDED_START,
             len(forwarded),
             forwarded,
             text[:32].encode(),
@@ -127,12 +127,9 @@ def read_connect(fields: list[Header], local_ip: str, authorities: Authorities) 
 
 
 def read_forwarded(value: bytes) -> tuple[str, int]:
-    """The first ``for="ADDRESS:PORT"`` of a Forwarded field; empty and 0 if there is none."""
+    """The first ``for="ADDRESS:PORT"`` of a Forwarded field as written; empty and 0 if there is none."""
     match = _FORWARDED.search(value[:1024])
     if match is None:
         return "", 0
-    try:
-        port = int(match[2])
-        return (str(parse_ip(match[1].decode().strip("[]"))), port) if port < 65536 else ("", 0)
-    except ValueError:
-        return "", 0
+    port = int(match[2])
+    return (match[1].decode().strip("[]"), port) if 0 < port < 65536 else ("", 0)

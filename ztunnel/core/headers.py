@@ -7,6 +7,7 @@ codes goes to the `hpack` library. Blocks read here do not change its state, so 
 
 from __future__ import annotations
 
+import re
 from typing import Final
 
 import hpack
@@ -17,6 +18,10 @@ Header = tuple[bytes, bytes]
 
 STATUS_200: Final = b"\x88"
 """The whole header block of an accepted CONNECT."""
+
+FORWARDED_START: Final = b"\x00\x09forwarded"
+"""How the first field that differs between two requests to one destination begins."""
+_PREFIXES_MAX: Final = 64
 
 _OVERHEAD_BYTES: Final = 32  # per field, RFC 9113 section 6.5.2
 
@@ -39,6 +44,8 @@ _NAME_INDEX: Final = {field[0]: index for index, field in reversed(list(enumerat
 
 _TOKEN: Final = b"!#$%&'*+-.^_`|~0123456789abcdefghijklmnopqrstuvwxyz"
 _HOP_BY_HOP: Final = frozenset({b"connection", b"proxy-connection", b"keep-alive", b"transfer-encoding", b"upgrade"})
+_GOOD_NAMES: Final = frozenset({b"baggage", b"forwarded", b"traceparent", b"tracestate", b"user-agent"})
+_BAD_VALUE: Final = re.compile(rb"[\r\n\0]|^[ \t]|[ \t]\Z").search
 _REQUEST_PSEUDO: Final = frozenset({b":method", b":scheme", b":authority", b":path", b":protocol"})
 
 
@@ -139,20 +146,53 @@ def decode_plain(block: bytes) -> list[Header] | None:
 class Decoder:
     """Decodes the blocks of one connection, in order. ``list_bytes_max``: as SETTINGS_MAX_HEADER_LIST_SIZE counts."""
 
-    __slots__ = ("_foreign", "_list_bytes_max")
+    __slots__ = ("_foreign", "_known", "_list_bytes_max", "_prefixes")
 
     def __init__(self, list_bytes_max: int) -> None:
         self._list_bytes_max = list_bytes_max
+        self._prefixes: dict[bytes, tuple[Header, ...]] = {}
+        self._known = 0
         self._foreign: hpack.Decoder | None = None
 
     def decode(self, block: bytes) -> list[Header]:
         """Raises HeaderFault: the connection's compression state is then lost and it must end."""
-        fields = decode_plain(block)
+        fields = self._decode_known(block)
+        if fields is None:
+            fields = decode_plain(block)
         if fields is None:
             fields = self._decode_foreign(block)
         if sum(len(name) + len(value) for name, value in fields) + _OVERHEAD_BYTES * len(fields) > self._list_bytes_max:
             raise HeaderFault("the header list is larger than was advertised", calm=True)
         return fields
+
+    def _decode_known(self, block: bytes) -> list[Header] | None:
+        """A request of our own peers: what comes before `forwarded` is the same for each of one destination, so
+        it is decoded and checked once. A prefix that decodes to its very end ends at a field's end."""
+        self._known = 0
+        cut = block.find(FORWARDED_START)
+        if cut <= 0:
+            return None
+        prefix = block[:cut]
+        fields = self._prefixes.get(prefix)
+        if fields is None:
+            try:
+                decoded = decode_plain(prefix)
+            except HeaderFault:
+                return None
+            if decoded is None or check_request(decoded):
+                return None
+            if len(self._prefixes) >= _PREFIXES_MAX:
+                self._prefixes.clear()
+            fields = self._prefixes[prefix] = tuple(decoded)
+        rest = decode_plain(block[cut:])
+        if rest is None:
+            return None
+        self._known = len(fields)
+        return [*fields, *rest]
+
+    def check_request(self, fields: list[Header]) -> str:
+        """`check_request` of what `decode` just returned, without checking again what is known."""
+        return check_trailers(fields[self._known :]) if self._known else check_request(fields)
 
     def _decode_foreign(self, block: bytes) -> list[Header]:
         if self._foreign is None:
@@ -166,11 +206,12 @@ class Decoder:
 
 
 def _check_field(name: bytes, value: bytes) -> str:
-    if not name or name.translate(None, _TOKEN):
-        return "a field name is not a lower-case token"
-    if name in _HOP_BY_HOP or (name == b"te" and value != b"trailers"):
-        return "a field belongs to one connection only"
-    if b"\r" in value or b"\n" in value or b"\0" in value or value != value.strip(b" \t"):
+    if name not in _GOOD_NAMES:
+        if not name or name.translate(None, _TOKEN):
+            return "a field name is not a lower-case token"
+        if name in _HOP_BY_HOP or (name == b"te" and value != b"trailers"):
+            return "a field belongs to one connection only"
+    if _BAD_VALUE(value):
         return "a field value has forbidden characters"
     return ""
 

@@ -445,6 +445,13 @@ class Connection:
                         continue
                     stream.receive_window += length
                     self._receive_window += length
+            elif word & 0xFF and word & 0xFF <= frames.CONTINUATION and length <= end - at - HEADER_BYTES:
+                identifier &= WINDOW_MAX
+                self._check_frame(word & 0xFF, flags, identifier, length, now)
+                at += HEADER_BYTES
+                self._control(word & 0xFF, flags, identifier, bytes(data[at : at + length]), now)
+                at += length
+                continue
             at = self._receive_slowly(data, at, now)
 
     def _receive_slowly(self, data: memoryview, at: int, now: float) -> int:
@@ -702,7 +709,7 @@ class Connection:
             self._stream_fault(identifier, Code.REFUSED_STREAM, now, "a stream after GOAWAY")
         elif len(self.streams) >= self.limits.streams:
             self._stream_fault(identifier, Code.REFUSED_STREAM, now, "more streams than were advertised")
-        elif problem := headers.check_request(fields):
+        elif problem := self._decoder.check_request(fields):
             self._stream_fault(identifier, Code.PROTOCOL_ERROR, now, problem)
         else:
             stream = Stream(identifier, DISCARD, self.peer_stream_window, self.limits.stream_window)

@@ -6,8 +6,7 @@ streams, or what its peer allows. The pool holds handles of the caller's and nev
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Final, Generic, TypeVar
+from typing import Final, Generic, NamedTuple, TypeVar
 
 STREAMS_MAX: Final = 100
 IDLE_S: Final = 300.0
@@ -15,8 +14,7 @@ IDLE_S: Final = 300.0
 T = TypeVar("T")
 
 
-@dataclass(frozen=True, slots=True)
-class PoolKey:
+class PoolKey(NamedTuple):
     """What must be equal for two connections to share a tunnel."""
 
     source: str

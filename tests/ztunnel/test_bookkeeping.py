@@ -1,0 +1,210 @@
+"""The pure parts between frames and sockets: pool, decisions, capture, drain."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from ztunnel.core import capture
+from ztunnel.core.decisions import Decisions, Waiting
+from ztunnel.core.drain import Drain, Phase
+from ztunnel.core.messages import AskRoute, AskVerdict, Hop, Route, Verdict
+from ztunnel.core.pool import IDLE_S, STREAMS_MAX, Pool, PoolKey
+
+KEY = PoolKey("spiffe://a", ("spiffe://b",), "10.0.0.2", 15008, "10.0.0.1")
+
+
+def test_streams_share_a_tunnel_up_to_a_hundred_and_then_take_another():
+    pool: Pool[str] = Pool()
+    assert pool.checkout(KEY) is None
+    first = pool.add(KEY, "first", 0)
+    waiting = pool.checkout(KEY)
+    assert waiting is first and first.connecting  # nobody creates a second one meanwhile
+    pool.opened(first, 1000)
+    for _ in range(STREAMS_MAX - 2):
+        assert pool.checkout(KEY) is first
+    assert pool.checkout(KEY) is None
+    second = pool.add(KEY, "second", 0)
+    pool.opened(second, 1)  # the peer allows one
+    assert pool.checkout(KEY) is None
+    pool.release(first, 0)
+    assert pool.checkout(KEY) is first
+
+
+@pytest.mark.parametrize("field", range(5))
+def test_connections_that_differ_in_any_part_of_the_key_never_share(field: int):
+    pool: Pool[str] = Pool()
+    pool.opened(pool.add(KEY, "first", 0), 100)
+    other = KEY._replace(**{KEY._fields[field]: [("x",), 1][field == 3] if field in (1, 3) else "x"})
+    assert pool.checkout(other) is None and pool.checkout(KEY) is not None
+
+
+def test_idle_tunnels_are_released_after_five_minutes_and_used_ones_are_not():
+    pool: Pool[str] = Pool()
+    slot = pool.add(KEY, "tunnel", 0)
+    pool.opened(slot, 100)
+    assert pool.take_idle(10_000) == []
+    pool.release(slot, 100)
+    assert pool.take_idle(100 + IDLE_S - 1) == []
+    assert pool.take_idle(100 + IDLE_S) == ["tunnel"]
+    assert pool.checkout(KEY) is None and len(pool) == 0
+
+
+def test_a_retired_tunnel_takes_no_more():
+    pool: Pool[str] = Pool()
+    slot = pool.add(KEY, "tunnel", 0)
+    pool.opened(slot, 100)
+    pool.retire(slot)
+    pool.retire(slot)
+    assert pool.checkout(KEY) is None
+
+
+@given(st.lists(st.sampled_from(["out", "in", "open", "retire"]), max_size=300), st.integers(0, 1000))
+@settings(max_examples=60, deadline=None)
+def test_no_slot_that_is_open_ever_has_more_than_its_limit(steps: list[str], seed: int):
+    choose, pool = random.Random(seed), Pool[int]()
+    held: list[object] = []
+    for number, step in enumerate(steps):
+        if step == "out":
+            slot = pool.checkout(KEY) or pool.add(KEY, number, 0)
+            before = slot.connecting
+            held.append(slot)
+            assert before or slot.streams <= slot.limit
+        elif step == "in" and held:
+            pool.release(held.pop(choose.randrange(len(held))), 0)  # type: ignore[arg-type]
+        elif step == "open" and held:
+            slot = choose.choice(held)  # type: ignore[assignment]
+            if slot.connecting:
+                pool.opened(slot, choose.randrange(1, 5))
+        elif held:
+            pool.retire(choose.choice(held))  # type: ignore[arg-type]
+    assert all(slot.streams >= 0 for slot in held)  # type: ignore[attr-defined]
+
+
+class Holder:
+    def __init__(self) -> None:
+        self.lost: list[Verdict] = []
+
+    def lost_right(self, verdict: Verdict) -> None:
+        self.lost.append(verdict)
+
+
+def verdict(allow: bool, generation: int = 1, source_ip: str = "", port: int = 80) -> Verdict:
+    return Verdict(
+        destination="uid",
+        destination_ip="10.0.0.2",
+        port=port,
+        identity="spiffe://a",
+        source_ip=source_ip,
+        generation=generation,
+        allow=allow,
+    )
+
+
+VERDICT_KEY = ("uid", "10.0.0.2", 80, "spiffe://a")
+
+
+def test_a_revoked_verdict_reaches_exactly_those_who_rely_on_it():
+    decisions, mine, other = Decisions(), Holder(), Holder()
+    decisions.put_verdict(verdict(True))
+    decisions.put_verdict(verdict(True, port=81))
+    assert decisions.hold(VERDICT_KEY, "10.1.1.1", mine)
+    assert decisions.hold(("uid", "10.0.0.2", 81, "spiffe://a"), "10.1.1.1", other)
+    decisions.put_verdict(verdict(True, 2))
+    assert not mine.lost
+    decisions.put_verdict(verdict(False, 3))
+    assert len(mine.lost) == 1 and not other.lost
+    assert not decisions.hold(VERDICT_KEY, "10.1.1.1", mine)
+    decisions.put_verdict(verdict(True, 2))  # late and old
+    assert not decisions.hold(VERDICT_KEY, "10.1.1.1", mine)
+
+
+def test_a_verdict_for_one_address_says_nothing_about_another():
+    decisions, near, far = Decisions(), Holder(), Holder()
+    decisions.put_verdict(verdict(True))
+    assert decisions.hold(VERDICT_KEY, "10.1.1.1", near) and decisions.hold(VERDICT_KEY, "10.2.2.2", far)
+    _, orphans = decisions.put_verdict(verdict(True, 2, "10.1.1.1"))
+    assert orphans == [(far, "10.2.2.2")]
+    assert decisions.verdict(VERDICT_KEY, "10.2.2.2") is None and not decisions.hold(VERDICT_KEY, "10.2.2.2", far)
+    decisions.put_verdict(verdict(False, 3, "10.1.1.1"))
+    assert len(near.lost) == 1 and not far.lost
+    decisions.put_verdict(verdict(True, 4, "10.1.1.1"))
+    assert decisions.hold(VERDICT_KEY, "10.1.1.1", near)
+    decisions.put_verdict(verdict(False, 5))  # does not depend on it any more
+    assert len(near.lost) == 2
+
+
+def route(generation: int, ip: str = "10.9.9.9") -> Route:
+    return Route(source="uid", ip=ip, port=80, generation=generation, kind="tcp", hops=(Hop(ip=ip, port=80),))
+
+
+def test_an_older_route_never_replaces_a_newer_one_until_the_control_process_is_another():
+    decisions = Decisions()
+    decisions.put_route(route(5))
+    assert decisions.put_route(route(4)).generation == 5
+    questions = decisions.start_again()
+    assert questions == [AskRoute(source="uid", ip="10.9.9.9", port=80)]
+    assert decisions.route(("uid", "10.9.9.9", 80)) is not None
+    assert decisions.put_route(route(1)).generation == 1
+
+
+def test_a_new_control_process_is_asked_about_verdicts_with_an_address_that_was_asked_before():
+    decisions = Decisions()
+    decisions.put_verdict(verdict(True, 9), "10.1.1.1")
+    decisions.put_verdict(verdict(True, 9, "10.3.3.3", port=81))
+    asked = [(q.port, q.source_ip) for q in decisions.start_again() if isinstance(q, AskVerdict)]
+    assert asked == [(80, "10.1.1.1"), (81, "10.3.3.3")]
+
+
+def test_the_cache_is_bounded_and_a_verdict_somebody_relies_on_stays():
+    decisions, holder = Decisions(kept_max=10), Holder()
+    decisions.put_verdict(verdict(True))
+    decisions.hold(VERDICT_KEY, "10.1.1.1", holder)
+    for port in range(1000, 1100):
+        decisions.put_verdict(verdict(True, port=port))
+        decisions.put_route(route(1, f"10.0.0.{port - 1000}"))
+    assert decisions.verdict(VERDICT_KEY, "10.1.1.1") is not None
+    assert len(decisions.forgotten_verdicts) == 91 and len(decisions.forgotten_routes) == 90
+    decisions.forget_pod("uid")
+    assert decisions.verdict(VERDICT_KEY, "10.1.1.1") is None
+
+
+def test_a_question_is_asked_once_and_everybody_gets_the_answer_or_none_in_time():
+    waiting: Waiting[str] = Waiting()
+    got: list[str | None] = []
+    assert waiting.join(("k",), 10, got.append) and not waiting.join(("k",), 20, got.append)
+    waiting.answer(("other",), "x")
+    waiting.answer(("k",), "x")
+    assert got == ["x", "x"]
+    assert waiting.join(("k",), 10, got.append)
+    waiting.expire(9)
+    assert len(got) == 2
+    waiting.expire(10)
+    assert got[2:] == [None]
+
+
+def test_a_captured_connection_needs_a_record_and_a_port_that_is_not_the_mesh_s():
+    client, none = ("10.0.0.1", 4000), ("", 0)
+    good = capture.outbound(("10.9.9.9", 80), ("10.0.0.2", 8080), client, ())
+    assert isinstance(good, capture.Captured) and good.endpoint == "10.0.0.2:8080"
+    assert capture.outbound(("fd00::9", 80), ("fd00::2", 1), client, ()).endpoint == "[fd00::2]:1"  # type: ignore[union-attr]
+    assert capture.outbound(None, none, client, ()) == capture.Closed("no_redirect")
+    for port in (15001, 15006, 15008):
+        assert capture.outbound(("10.9.9.9", port), none, client, ()) == capture.Closed("recursion")
+        assert capture.plaintext(("10.0.0.2", port), client, ("10.0.0.2",)) == capture.Closed("recursion")
+    assert isinstance(capture.plaintext(("10.0.0.2", 80), client, ("10.0.0.2",)), capture.Captured)
+    assert capture.plaintext(("127.0.0.1", 80), client, ("10.0.0.2",)) == capture.Closed("not_local")
+
+
+def test_a_drain_ends_when_nothing_is_open_or_at_the_earliest_deadline():
+    drain = Drain()
+    assert drain.phase(0, 0) is Phase.SERVING
+    drain.begin(0, 10)
+    assert drain.phase(1, 0) is Phase.ENDED and drain.phase(1, 1) is Phase.DRAINING
+    drain.begin(1, 100)
+    assert drain.phase(10, 1) is Phase.ENDED
+    drain.begin(2, 0)
+    assert drain.phase(2, 5) is Phase.ENDED
