@@ -141,7 +141,8 @@ class Certificates:
                 if self._early:
                     wait = min(wait, 0.25)
                 try:
-                    await asyncio.wait_for(self._changed.wait(), wait)
+                    async with asyncio.timeout(wait):  # wait_for of 3.11 can lose a cancellation
+                        await self._changed.wait()
                 except TimeoutError:
                     pass
         finally:

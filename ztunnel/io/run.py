@@ -8,7 +8,6 @@ them (ReturnPods). It outlives the holder, and knows nothing of what the sockets
 from __future__ import annotations
 
 import gc
-import importlib
 import logging
 import os
 import resource
@@ -455,7 +454,8 @@ def run_parent(settings: NodeSettings) -> int:
     """The whole life of ztunnel. Returns its exit code."""
     logs.install(settings.log_level, settings.log_format)
     # Imported here once, so that a worker that replaces a dead one starts in milliseconds.
-    run_worker: Worker = importlib.import_module("ztunnel.io.worker").run_worker
+    from ztunnel.io.worker import run_worker
+
     return Parent(settings, run_worker, _run_control).run()
 
 
