@@ -68,6 +68,8 @@ async def create_certificate(settings: NodeSettings, identity: str, csr_pem: str
             response = await call(request, metadata=bearer(settings), timeout=TIMEOUT_S)
     except grpc.aio.AioRpcError as error:
         raise PeerFault(f"certificate of {identity}: {describe(error)}") from None
+    if not isinstance(response, ca_pb2.IstioCertificateResponse):
+        raise PeerFault(f"certificate of {identity}: the answer is no such message")  # the library gives None
     chain = tuple(response.cert_chain)
     check_chain(chain, identity, csr_pem)
     return chain
@@ -134,4 +136,4 @@ async def await_acknowledged(settings: NodeSettings, workload_uid: str, hbone: b
             response = await call(request, metadata=bearer(settings), timeout=timeout_s + 0.5)
     except (grpc.aio.AioRpcError, AmbientError, TimeoutError):
         return False
-    return bool(response.acknowledged)
+    return isinstance(response, mesh_pb2.AwaitAcknowledgedResponse) and response.acknowledged

@@ -16,6 +16,9 @@ RECEIVE_BYTES_MAX = 200 * 1024 * 1024  # Istio's limit
 TOKEN_BYTES_MAX = 64 * 1024
 ROOTS_BYTES_MAX = 1024 * 1024
 
+ACCEPTED = "x-ambient-accepted"
+"""Response header of a discovery stream whose caller was authenticated."""
+
 _OPTIONS = (
     ("grpc.max_receive_message_length", RECEIVE_BYTES_MAX),
     ("grpc.max_send_message_length", RECEIVE_BYTES_MAX),

@@ -10,7 +10,7 @@ from collections.abc import Awaitable, Callable
 from typing import Any
 
 from ambient.errors import AmbientError, OurFault, PeerFault
-from ambient.io.control_channel import bearer, describe, open_channel
+from ambient.io.control_channel import ACCEPTED, bearer, describe, open_channel
 from ambient.io.quiet_grpc import grpc
 from ambient.model.world import Diff, World
 from ambient.proto import discovery_pb2
@@ -20,6 +20,7 @@ from ambient.xds.client import Backoff, Client, describe_node, summarize
 METHOD = "/envoy.service.discovery.v3.AggregatedDiscoveryService/DeltaAggregatedResources"
 
 STATUS_TIMEOUT_S = 5.0
+HEADERS_TIMEOUT_S = 0.5
 
 _Call = grpc.aio.StreamStreamCall[Any, Any]
 OnChange = Callable[[World, Diff], Awaitable[None]]
@@ -44,7 +45,8 @@ async def subscribe(
     ``on_state(connected, reason)`` is told of every change of the connection, for status and metrics.
     ``role`` is agent or ztunnel.
     """
-    client = Client(describe_node(role, settings.node_name, pod=os.environ.get("POD_NAME", "")))
+    pod = {name: os.environ.get(name, "") for name in ("INSTANCE_IP", "POD_NAME", "POD_NAMESPACE")}
+    client = Client(describe_node(role, settings.node_name, *pod.values()))
     waits = backoff or Backoff()
     tell = on_state or (lambda connected, reason: None)
     while True:
@@ -55,6 +57,8 @@ async def subscribe(
             reason = str(error)
         except grpc.aio.AioRpcError as error:
             reason = describe(error)
+        except Exception as error:  # whatever arrived, this process lives on with the World it has
+            reason = f"{type(error).__name__}: {error}"[:500]
         delay = waits.next(random.random())
         tell(False, reason)
         _log.warning("discovery (%s) from %s: %s; again in %.2f s", role, settings.control_address, reason, delay)
@@ -70,13 +74,16 @@ async def _run(settings: NodeSettings, client: Client, on_change: OnChange, tell
             response_deserializer=discovery_pb2.DeltaDiscoveryResponse.FromString,
         )(metadata=bearer(settings))
         try:
+            await _accepted(call)
             for request in client.connect():
                 await _send(call, request)
             connected = False
             while True:
                 response = await call.read()
-                if not isinstance(response, discovery_pb2.DeltaDiscoveryResponse):
+                if response is grpc.aio.EOF:
                     raise await _ended(call)
+                if not isinstance(response, discovery_pb2.DeltaDiscoveryResponse):
+                    raise PeerFault("a discovery response that is no such message")  # the library gives None
                 if not connected:
                     connected = True
                     waits.reset()
@@ -100,6 +107,23 @@ async def _send(call: _Call, request: discovery_pb2.DeltaDiscoveryRequest) -> No
     except (grpc.aio.AioRpcError, asyncio.InvalidStateError):
         # a write on a stream that the server ended says nothing useful; the stream's status does
         raise await _ended(call) from None
+
+
+async def _accepted(call: _Call) -> None:
+    """Wait until the server has taken the call or refused it. Raises PeerFault with the status if refused.
+
+    A write into a stream that is being refused would put the library's own INTERNAL in place of the reason. Our
+    server says `ACCEPTED` in its headers at once; one that does not is given `HEADERS_TIMEOUT_S` to refuse.
+    """
+    headers, status = asyncio.ensure_future(call.initial_metadata()), asyncio.ensure_future(call.code())
+    for task in (headers, status):  # left to end by themselves: cancelling one would cancel the call
+        task.add_done_callback(lambda done: done.cancelled() or done.exception())
+    await asyncio.wait({headers, status}, timeout=HEADERS_TIMEOUT_S, return_when=asyncio.FIRST_COMPLETED)
+    if headers.done() and not headers.exception() and any(key == ACCEPTED for key, _ in headers.result() or ()):
+        return
+    await asyncio.wait({status}, timeout=HEADERS_TIMEOUT_S)
+    if status.done():
+        raise await _ended(call)
 
 
 async def _ended(call: _Call) -> PeerFault:

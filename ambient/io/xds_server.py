@@ -23,6 +23,7 @@ from ambient.control.certificates import Caller, PodsOnNode, Refused, Rules, aut
 from ambient.errors import AmbientError, PeerFault
 from ambient.io.authentication import Authenticator, Review, Unauthenticated
 from ambient.io.ca import Authority, ServerCertificate, read_csr
+from ambient.io.control_channel import ACCEPTED
 from ambient.io.quiet_grpc import grpc
 from ambient.proto import ca_pb2, discovery_pb2, mesh_pb2
 from ambient.settings import ControlSettings
@@ -97,7 +98,10 @@ class ControlServer:
         """Watch the CA's files and renew our own certificate, until cancelled."""
         while True:
             await asyncio.sleep(POLL_S)
-            self.tick()
+            try:
+                self.tick()
+            except Exception:  # a full disk, say: what is in memory serves on, and the next look may succeed
+                _log.exception("the CA's files could not be looked after")
 
     def tick(self) -> None:
         """One look at the CA's files and at the age of our certificate."""
@@ -179,6 +183,7 @@ class ControlServer:
             session = self._discovery.open(caller.node_name)
         except PeerFault as error:
             await self._abort(context, grpc.StatusCode.RESOURCE_EXHAUSTED, str(error))
+        await context.send_initial_metadata(((ACCEPTED, "1"),))
         wake = asyncio.Event()
 
         async def read() -> None:

@@ -27,6 +27,7 @@ from ambient.proto import discovery_pb2
 from ambient.settings import NodeSettings
 from ambient.xds.client import Backoff
 from ambient.xds.resources import ADDRESS_TYPE
+from ambient.xds.server import Response, Session
 from tests.support.control import Background, ControlPlane, Now, until
 
 WEB = "spiffe://cluster.local/ns/shop/sa/web"
@@ -278,6 +279,40 @@ async def test_garbage_from_a_client_ends_its_stream_only(plane: ControlPlane) -
         plane.discovery.set_world(World())
         await until(lambda: len(follower.diffs) == 2)
         await until(lambda: len(plane.discovery.connected()) == 1)
+
+
+async def test_garbage_from_the_control_plane_ends_the_connection_only(
+    plane: ControlPlane, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real, spoiled = Session.next, [b"\xff\xff\xff", b"", b"\x12\x02\x0a\x05"]
+
+    def spoil(self: Session) -> Response | None:
+        response = real(self)
+        if response is None or not spoiled:
+            return response
+        return Response(response.nonce, response.type_url, spoiled.pop(0), 0, 0)
+
+    monkeypatch.setattr(Session, "next", spoil)
+    plane.discovery.set_world(World.of([workload("a")]))
+    async with Background() as background:
+        follower = Follower(plane.node())
+        background.start(follower.run())
+        await until(lambda: follower.world == plane.discovery.store.world)
+        assert not spoiled
+        assert sum(1 for up, _ in follower.states if not up) >= 2
+
+
+async def test_an_ipv6_address_can_be_listened_on_and_a_taken_one_is_refused(tmp_path: Path) -> None:
+    six = ControlPlane(tmp_path, Now(time.time()), more={"listen": ("127.0.0.1:0", "[::1]:0")})
+    six.discovery.set_world(World())
+    async with six, Background() as background:
+        follower = Follower(six.node(control_address=f"[::1]:{six.server.ports[1]}"))
+        background.start(follower.run())
+        await until(lambda: len(follower.diffs) == 1)
+        taken = ControlPlane(tmp_path, Now(time.time()), port=six.server.ports[0])
+        with pytest.raises(PeerFault, match=f"listen: 127.0.0.1:{taken.port}"):
+            async with taken:
+                pass
 
 
 async def test_a_quiet_stream_survives_its_own_keepalive(

@@ -45,10 +45,12 @@ class ControlPlane:
 
     async def __aenter__(self) -> Self:
         self.settings = ControlSettings(
-            listen=(f"127.0.0.1:{self.port}",),
-            data_dir=str(self.directory / "data"),
-            server_names=(SERVER_NAME,),
-            **self.more,  # type: ignore[arg-type]
+            **{  # type: ignore[arg-type]
+                "listen": (f"127.0.0.1:{self.port}",),
+                "data_dir": str(self.directory / "data"),
+                "server_names": (SERVER_NAME,),
+                **self.more,
+            }
         )
         self.authority = Authority.open(self.settings, self.clock())
         self.server = ControlServer(
