@@ -244,7 +244,9 @@ def test_a_new_holder_adopts_the_processes_and_takes_the_listeners_back(node: No
 def test_an_agent_that_outlived_the_holder_gives_its_descriptors_back(node: Node) -> None:
     listener, port = listening()
     netns = os.open("/proc/self/ns/net", os.O_RDONLY)
-    sock = seqpacket.connect(str(until(lambda: p if (p := node.run_dir / "holder.sock").exists() else None)))
+    node.pid("holder")
+    node.agent()[0].close()  # it listens
+    sock = seqpacket.connect(node.run_dir / "holder.sock")
     packets = seqpacket.PacketSocket(sock, m.Message)
     packets.send(m.Hello(role="agent", pid=os.getpid(), holds=("u9",)))
     got = packets.receive()
