@@ -34,7 +34,7 @@ def self_signed(name: str) -> str:
     return _sign(subject, subject, key.public_key(), key, 3600.0)
 
 
-def _sign(subject: x509.Name, issuer: x509.Name, public: object, key: object, life_s: float) -> str:
+def _sign(subject: x509.Name, issuer: x509.Name, public: object, key: object, life_s: float, age_s: float = 1.0) -> str:
     now = datetime.datetime.now(datetime.UTC)
     builder = (
         x509.CertificateBuilder()
@@ -42,7 +42,7 @@ def _sign(subject: x509.Name, issuer: x509.Name, public: object, key: object, li
         .issuer_name(issuer)
         .public_key(public)  # type: ignore[arg-type]
         .serial_number(x509.random_serial_number())
-        .not_valid_before(now - datetime.timedelta(seconds=1))
+        .not_valid_before(now - datetime.timedelta(seconds=age_s))
         .not_valid_after(now + datetime.timedelta(seconds=life_s))
     )
     return builder.sign(key, hashes.SHA256()).public_bytes(Encoding.PEM).decode()  # type: ignore[arg-type]
@@ -54,6 +54,7 @@ class Ca:
 
     root: str = field(default_factory=lambda: self_signed("root"))
     life_s: float = 3600.0
+    age_s: float = 1.0
     error: str = ""
     asked: list[str] = field(default_factory=list)
     running: int = 0
@@ -71,7 +72,7 @@ class Ca:
                 raise PeerFault(self.error)
             csr = x509.load_pem_x509_csr(csr_pem.encode())
             name = x509.Name([])
-            return (_sign(name, name, csr.public_key(), make_key(), self.life_s), self.root)
+            return (_sign(name, name, csr.public_key(), make_key(), self.life_s, self.age_s), self.root)
         finally:
             self.running -= 1
 
@@ -142,7 +143,7 @@ async def test_a_renewed_certificate_goes_to_every_worker_that_asked(
     desk: Desk, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("ztunnel.core.renewal.RENEW_MIN_S", 0.1)
-    desk.ca.life_s = 0.5  # half of it has passed at once
+    desk.ca.age_s = 7200.0  # more than half its life has passed when it comes
     desk.certificates.put_pod(CART)
     for worker in (1, 2):
         desk.certificates.ask(worker, IDENTITY)
