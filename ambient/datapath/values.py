@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import struct
 from dataclasses import dataclass, fields
+from functools import lru_cache
 from ipaddress import IPv6Address
 from typing import Any, ClassVar, Final, Self
 
@@ -21,6 +22,7 @@ _MAPPED: Final = bytes(10) + b"\xff\xff"
 _CODES: Final = {"__u8": "B", "__u16": "H", "__u32": "I", "__u64": "Q"}
 
 
+@lru_cache(maxsize=4096)
 def address_text(raw: bytes) -> str:
     """16 bytes of a map -> canonical text; ``::`` -> the empty string."""
     if raw[:12] == _MAPPED:
@@ -28,6 +30,7 @@ def address_text(raw: bytes) -> str:
     return "" if raw == _NO_ADDRESS else str(IPv6Address(raw))
 
 
+@lru_cache(maxsize=4096)
 def address_bytes(text: str) -> bytes:
     """Inverse of `address_text`. Raises ValueError naming the text."""
     return packed16(parse_ip(text)) if text else _NO_ADDRESS

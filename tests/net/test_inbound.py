@@ -198,6 +198,21 @@ class TestDelivery:
         sock.close()
         app.close(accepted)
 
+    def test_an_application_with_an_mptcp_listener_sees_the_client_too(self, node, b):
+        """What programs in Go listen with by default."""
+        app = b.puppet()
+        slot = next(app._slots)
+        if not Path("/proc/sys/net/mptcp/enabled").exists():
+            return  # a kernel without MPTCP: such programs fall back to TCP themselves
+        app.call("mptcp", slot, int(INET))
+        app.call("bind", slot, b.ip4, 80)
+        app.call("listen", slot, 8)
+        sock = deliver(node, b)
+        accepted, peer = app.accept(slot)
+        assert peer == app.peer(accepted) == ("10.7.7.7", 4242)
+        sock.close()
+        app.close(accepted)
+
     def test_entries_go_when_ztunnel_dies_with_the_connection_waiting(self, node, b):
         app = b.puppet()
         listening = app.listen(b.ip4)
