@@ -17,6 +17,7 @@ from ambient.errors import PlatformFault
 BACKOFF_MAX_S = 15.0
 STEADY_S = 10.0
 """A child that lived so long starts afresh: its next death is restarted at once."""
+_HANDLED = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGCHLD)
 
 
 def restart_delay_s(quick_deaths: int) -> float:
@@ -50,6 +51,8 @@ class Child:
 
     def start(self, now: float) -> None:
         """Raises PlatformFault if the process or its pidfd cannot be had."""
+        # Blocked until the child has its own dispositions: a SIGTERM in between would go to our handler's copy there.
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, _HANDLED)
         try:
             pid = os.fork()
             if pid == 0:
@@ -57,15 +60,17 @@ class Child:
             self.pidfd = os.pidfd_open(pid)
         except OSError as error:
             raise PlatformFault(f"cannot start {self.role}: {error.strerror}") from None
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
         self.pid, self.started, self.adopted = pid, now, False
 
     def _become(self) -> None:
         """In the new process: never returns."""
         try:
             os.setsid()  # a terminal's signals reach the holder only, which ends its children in order
-            signal.pthread_sigmask(signal.SIG_SETMASK, ())
-            for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGCHLD, signal.SIGPIPE):
+            for number in (*_HANDLED, signal.SIGPIPE):
                 signal.signal(number, signal.SIG_DFL)
+            signal.pthread_sigmask(signal.SIG_SETMASK, ())
             if self.cgroup:
                 with open(f"{self.cgroup}/cgroup.procs", "w") as procs:
                     procs.write("0")
