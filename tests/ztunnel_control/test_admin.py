@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import socket
 import stat
 from pathlib import Path
@@ -106,3 +107,26 @@ async def test_the_unix_socket_is_private_replaces_a_stale_one_and_spares_a_succ
     assert (await get("http://x/ready", path))[0] == 200
     await new.stop()
     assert not path.exists()
+
+
+async def test_the_port_of_a_ztunnel_that_drains_is_taken_over_when_it_has_ended(tmp_path: Path) -> None:
+    """Or an upgrade would end the metrics."""
+    port = free_port()
+    old = admin(tmp_path, Views(), admin_port=port)
+    await old.start()
+    views = Views()
+    views.now = "debug"
+    new = admin(tmp_path, views, admin_port=port)
+    await new.start()
+    await old.stop()
+    try:
+        async with aiohttp.ClientSession() as session, asyncio.timeout(10):
+            while True:
+                try:
+                    async with session.get(f"http://127.0.0.1:{port}/logging") as response:
+                        assert "debug" in await response.text()
+                        break
+                except aiohttp.ClientConnectionError:
+                    await asyncio.sleep(0.05)
+    finally:
+        await new.stop()

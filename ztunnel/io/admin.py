@@ -6,9 +6,12 @@ socket always serves.
 
 from __future__ import annotations
 
+import asyncio
+import errno
 import json
 import logging
 import os
+import socket
 import stat
 from collections.abc import Awaitable, Callable
 from pathlib import Path
@@ -20,6 +23,7 @@ from ambient.settings import NodeSettings
 from ztunnel.core.dump import Json
 
 BODY_BYTES_MAX: Final = 64 * 1024
+TAKE_OVER_S: Final = 1.0
 _log = logging.getLogger("ztunnel.admin")
 
 
@@ -54,6 +58,7 @@ class Admin:
         self._views = views
         self._path = Path(settings.run_dir) / "ztunnel.sock"
         self._runners: list[web.AppRunner] = []
+        self._retries: list[asyncio.Task[None]] = []
         self._inode = 0
 
     async def start(self) -> None:
@@ -85,6 +90,8 @@ class Admin:
         await self._listen(ready, None, self._settings.readiness_port, "readiness")
 
     async def stop(self) -> None:
+        for task in self._retries:
+            task.cancel()
         for runner in self._runners:
             await runner.cleanup()
         try:
@@ -122,6 +129,22 @@ class Admin:
             await web.TCPSite(runner, host, port, reuse_port=False).start()
         except OSError as error:
             _log.warning("%s port %d: %s; going on without it", what, port, error.strerror or error)
+            if error.errno == errno.EADDRINUSE:
+                self._retries.append(asyncio.get_running_loop().create_task(self._take_over(runner, host, port, what)))
+
+    async def _take_over(self, runner: web.AppRunner, host: str | None, port: int, what: str) -> None:
+        """During an upgrade the port is that of the ztunnel that drains: it is ours when that has ended."""
+        while True:
+            await asyncio.sleep(TAKE_OVER_S)
+            try:
+                with socket.socket() as probe:  # a site that cannot start stays registered: try only what will do
+                    probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+                    probe.bind((host or "0.0.0.0", port))
+                await web.TCPSite(runner, host, port, reuse_port=False).start()
+            except OSError:
+                continue
+            _log.info("%s port %d: taken over", what, port)
+            return
 
     async def _index(self, request: web.Request) -> web.Response:
         lines = ("/config_dump", "/connections", "/certificates", "/logging", "/metrics", "/ready")
