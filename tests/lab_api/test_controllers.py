@@ -380,6 +380,32 @@ def test_slices_follow_pods_and_go_with_the_service(two_nodes: Store) -> None:
     assert two_nodes.all(ENDPOINT_SLICE) == []
 
 
+def test_the_older_endpoints_object_says_the_same(two_nodes: Store) -> None:
+    two_nodes.create(SERVICE, "default", service())
+    two_nodes.create(DEPLOYMENT, "default", deployment(replicas=2))
+    settle(two_nodes)
+    assert "subsets" not in two_nodes.get(schema.ENDPOINTS, "default", "web")
+    first, second = (obj["metadata"]["name"] for obj in two_nodes.all(POD))
+    report(two_nodes, first)
+    report(two_nodes, second, ready=False)
+    settle(two_nodes)
+    (subset,) = two_nodes.get(schema.ENDPOINTS, "default", "web")["subsets"]
+    assert [address["targetRef"]["name"] for address in subset["addresses"]] == [first]
+    assert [address["targetRef"]["name"] for address in subset["notReadyAddresses"]] == [second]
+    assert subset["ports"] == [{"port": 8080, "protocol": "TCP"}]
+    two_nodes.delete(SERVICE, "default", "web")
+    settle(two_nodes)
+    assert two_nodes.find(schema.ENDPOINTS, "default", "web") is None
+
+
+def test_endpoints_made_by_hand_are_left_alone(two_nodes: Store) -> None:
+    by_hand = {"metadata": {"name": "web"}, "subsets": [{"addresses": [{"ip": "192.0.2.1"}]}]}
+    two_nodes.create(schema.ENDPOINTS, "default", by_hand)
+    two_nodes.create(SERVICE, "default", service())
+    settle(two_nodes)
+    assert two_nodes.get(schema.ENDPOINTS, "default", "web")["subsets"] == by_hand["subsets"]
+
+
 def test_a_service_without_a_selector_keeps_slices_made_by_hand(two_nodes: Store) -> None:
     body = service()
     del body["spec"]["selector"]

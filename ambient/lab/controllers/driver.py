@@ -11,7 +11,7 @@ from ambient.lab.apiserver import schema
 from ambient.lab.apiserver.status import ApiError, JsonObject
 from ambient.lab.apiserver.store import Store
 from ambient.lab.controllers.deployments import plan_deployment, plan_replica_set
-from ambient.lab.controllers.endpoints import ZONE, plan_endpoint_slices
+from ambient.lab.controllers.endpoints import ZONE, plan_endpoint_slices, plan_endpoints
 from ambient.lab.controllers.garbage import plan_garbage, plan_lost_pods, plan_namespace
 from ambient.lab.controllers.scheduler import plan_scheduling
 from ambient.lab.controllers.steps import Step, perform
@@ -58,6 +58,8 @@ def _endpoints(store: Store) -> Iterable[Step]:
     for service in store.all(schema.SERVICE):
         namespace = service["metadata"]["namespace"]
         yield from plan_endpoint_slices(service, pods[namespace], slices[namespace], zones)
+        older = store.find(schema.ENDPOINTS, namespace, service["metadata"]["name"])
+        yield from plan_endpoints(service, pods[namespace], older)
 
 
 def _garbage(store: Store) -> Iterable[Step]:

@@ -161,3 +161,43 @@ def plan_endpoint_slices(
             steps.append(Create(schema.ENDPOINT_SLICE, service["metadata"]["namespace"], made, service))
     steps += [Delete(schema.ENDPOINT_SLICE, piece) for pieces in left.values() for piece in pieces]
     return steps
+
+
+def plan_endpoints(service: JsonObject, pods: Sequence[JsonObject], existing: JsonObject | None) -> list[Step]:
+    """The older Endpoints object, which `kubectl get endpoints` and `describe service` of old kubectls show.
+
+    It holds the Service's first address family only, as in Kubernetes. One made by hand is left alone.
+    """
+    spec = service["spec"]
+    if doomed(service) or not spec.get("selector") or spec.get("type") == "ExternalName":
+        return []
+    if existing is not None and not controlled_by(service, [existing]):
+        return []
+    family = spec.get("ipFamilies", ["IPv4"])[0]
+    subsets = []
+    for (found, ports), endpoints in desired_slices(service, pods, {}).items():
+        if found != family or not endpoints:
+            continue
+        subset: JsonObject = {}
+        for endpoint in endpoints:
+            conditions = endpoint["conditions"]
+            if conditions["terminating"] and not conditions["ready"]:
+                continue
+            address: JsonObject = {"ip": endpoint["addresses"][0]}
+            for key in ("nodeName", "targetRef", "hostname"):
+                if key in endpoint:
+                    address[key] = endpoint[key]
+            subset.setdefault("addresses" if conditions["ready"] else "notReadyAddresses", []).append(address)
+        if subset:
+            subset["ports"] = [
+                {key: value for key, value in _port_document(port).items() if value != ""} for port in ports
+            ]
+            subsets.append(subset)
+    wanted: JsonObject = {"subsets": subsets} if subsets else {}
+    if existing is None:
+        metadata = {"name": service["metadata"]["name"], "ownerReferences": [owner_reference(service)]}
+        return [Create(schema.ENDPOINTS, service["metadata"]["namespace"], {"metadata": metadata, **wanted})]
+    if existing.get("subsets", []) == subsets:
+        return []
+    kept = {key: value for key, value in existing.items() if key != "subsets"}
+    return [Write(schema.ENDPOINTS, {**kept, **wanted})]
