@@ -128,6 +128,9 @@ class Admin:
         try:
             await web.TCPSite(runner, host, port, reuse_port=False).start()
         except OSError as error:
+            if host is None and error.errno == errno.EADDRNOTAVAIL:  # IPv6 is switched off here
+                await self._listen(runner, "0.0.0.0", port, what)
+                return
             _log.warning("%s port %d: %s; going on without it", what, port, error.strerror or error)
             if error.errno == errno.EADDRINUSE:
                 self._retries.append(asyncio.get_running_loop().create_task(self._take_over(runner, host, port, what)))
