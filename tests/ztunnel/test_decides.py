@@ -321,6 +321,38 @@ def test_a_pod_that_is_gone_is_closed_at_once(path: Mesh):
             sock.recv(1)
 
 
+def test_a_pod_that_comes_again_keeps_its_connections_and_takes_new_ones(path: Mesh):
+    near, far, listener = opened(path)
+    path.server.remove("uid-b", 30)
+    again = path.b.socket()
+    again.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    path.hbone.close()
+    wait_until(lambda: bound(again), "15008 is free again")
+    again.listen(100)
+    assert not path.server.put(path.pod_b, path.b, {"hbone4": again}).error
+    assert alive(near, far)
+
+    def another() -> bool:
+        sock = path.connect()
+        sock.sendall(b"new")
+        listener.settimeout(1)
+        try:
+            peer, _ = listener.accept()
+        except TimeoutError:
+            return False
+        return peer.recv(3) == b"new"
+
+    assert another() and alive(near, far)
+
+
+def bound(sock: socket.socket) -> bool:
+    try:
+        sock.bind(("0.0.0.0", 15008))
+    except OSError:
+        return False
+    return True
+
+
 def test_sigterm_drains_and_ends(path: Mesh):
     near, far, _ = opened(path)
     os.kill(path.server.process.pid, signal.SIGTERM)

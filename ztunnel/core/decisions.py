@@ -186,8 +186,9 @@ class Decisions:
     # --- both ----------------------------------------------------------------------------------------------
 
     def start_again(self) -> list[AskRoute | AskVerdict]:
-        """The control process is another one: what is kept stays valid, any generation may replace it, and all
-        of it is asked again."""
+        """Any answer may replace what is kept now, whatever its generation, and all of it is asked again: the
+        control process is another one, or verdicts came to depend on the source address. Verdicts are asked for
+        each source address that relies on them."""
         questions: list[AskRoute | AskVerdict] = []
         for key, route in self._routes.items():
             self._routes[key] = _renumbered(route)
@@ -196,14 +197,15 @@ class Decisions:
             for decision in entry.values():
                 decision.generation = -1
                 destination, destination_ip, port, identity = verdict_key
-                questions.append(
+                questions.extend(
                     AskVerdict(
                         destination=destination,
                         destination_ip=destination_ip,
                         port=port,
                         identity=identity,
-                        source_ip=decision.asked_ip,
+                        source_ip=source_ip,
                     )
+                    for source_ip in sorted(set(decision.holders.values()) or {decision.asked_ip})
                 )
         return questions
 

@@ -42,6 +42,8 @@ class LinkOwner(Protocol):
 
     def log(self, level: str, text: str) -> None: ...
 
+    def set_level(self, level: str) -> None: ...
+
     def connections(self, number: int) -> m.Connections: ...
 
 
@@ -245,7 +247,7 @@ class Link:
             case m.AskConnections(number=number):
                 self.send(self._owner.connections(number))
             case m.LogLevel(level=level):
-                self._owner.log("level", level)
+                self._owner.set_level(level)
             case m.Synced():
                 self._ask_again()
             case _:

@@ -129,11 +129,32 @@ class PodState:
         self.drain = Drain()
         self.gone = False
         self.listeners: list[Listener] = []
+        self._listen(fds)
+
+    def _listen(self, fds: dict[str, int]) -> None:
         for name, fd in fds.items():
             if name in _ACCEPT:
-                self.listeners.append(Listener(worker, self, name, fd))
+                self.listeners.append(Listener(self.worker, self, name, fd))
             else:
                 os.close(fd)  # DNS is the control process's
+
+    def renew(self, pod: Pod, fds: dict[str, int]) -> bool:
+        """The same pod came again, perhaps with other listeners, perhaps while it drains: its connections go on.
+        False, with nothing done, if it is somebody else by the same UID."""
+        if self.gone or self.identity != str(Identity(pod.trust_domain, pod.namespace, pod.service_account)):
+            return False
+        self.pod = pod
+        for listener in self.listeners:
+            listener.close()
+        self.listeners.clear()
+        self.worker.namespaces.leave(self.netns)
+        if self.netns >= 0:
+            os.close(self.netns)
+        self.netns = fds.pop(NETNS, -1)
+        self.drain = Drain()
+        self._listen(fds)
+        self.start()
+        return True
 
     def start(self) -> None:
         for listener in self.listeners:

@@ -13,7 +13,8 @@ import signal
 import socket
 import sys
 import time
-from typing import Final, Protocol
+import traceback
+from typing import Any, Final, Protocol
 
 import uvloop
 
@@ -29,6 +30,7 @@ from ztunnel.core.pool import Pool
 from ztunnel.io.ledger import Ledger
 from ztunnel.io.link import Link
 from ztunnel.io.pods import PodState
+from ztunnel.io.relay import Relay
 from ztunnel.io.sockets import Expiring, Namespaces, Socket
 from ztunnel.io.tunnel import ClientTunnel, Tunnel
 
@@ -192,13 +194,15 @@ class Worker:
         self.ledger.count(name, by)
 
     def log(self, level: str, text: str) -> None:
-        """One line on stderr, which the parent keeps; ``level`` "level" changes the level."""
-        if level == "level":
-            if text in _LEVELS:
-                self._level = _LEVELS.index(text)
-        elif _LEVELS.index(level) <= self._level:
+        """One line on stderr, which the parent keeps."""
+        if _LEVELS.index(level) <= self._level:
             stamp = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
             sys.stderr.write(f"{stamp}\t{level}\tworker\t{text}\n")
+
+    def set_level(self, level: str) -> None:
+        """An unknown level changes nothing."""
+        if level in _LEVELS:
+            self._level = _LEVELS.index(level)
 
     def connections(self, number: int) -> Connections:
         """What is open, for the control process."""
@@ -253,10 +257,13 @@ class Worker:
 
     def put_pod(self, pod: node.Pod, fds: dict[str, int]) -> None:
         """A pod was enrolled, or came again with other listeners; owns the descriptors from now on."""
-        known = self.pods.pop(pod.uid, None)
+        known = self.pods.get(pod.uid)
+        if known is not None and known.renew(pod, fds):
+            return
+        state = PodState(self, pod, fds)
         if known is not None:
-            known.close("the pod was enrolled again")
-        state = self.pods[pod.uid] = PodState(self, pod, fds)
+            known.close("the pod was enrolled again as somebody else")
+        self.pods[pod.uid] = state
         self.link.want(state.identity)
         if self._stopping:
             state.begin_drain(self.now(), 0)
@@ -350,6 +357,23 @@ class Worker:
                 return
             self._acks.pop(0)
 
+    def fault(self, _: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
+        """A callback raised what nobody expected: a bug. It costs the connection or tunnel it happened in."""
+        error = context.get("exception")
+        self.count("faults")
+        if not isinstance(error, BaseException):
+            self.log("error", str(context.get("message")))
+            return
+        self.log("error", "".join(traceback.format_exception(error)))
+        frames = [frame.f_locals.get("self") for frame, _ in traceback.walk_tb(error.__traceback__)]
+        for thing in reversed(frames):
+            if isinstance(thing, Relay):
+                thing.abort("internal fault")
+                return
+            if isinstance(thing, Tunnel):
+                thing.close("internal fault", "-")
+                return
+
     # --- life ----------------------------------------------------------------------------------------------
 
     def stop(self, grace_s: float) -> None:
@@ -384,6 +408,7 @@ def run_worker(settings: NodeSettings, parent_fd: int, control_fd: int, kernel: 
     async def main() -> int:
         loop = asyncio.get_running_loop()
         worker = Worker(settings, kernel or LazyMaps(settings.bpffs_dir), loop)
+        loop.set_exception_handler(worker.fault)
         loop.add_signal_handler(signal.SIGTERM, worker.stop, settings.drain_s)
         loop.add_signal_handler(signal.SIGINT, lambda: None)
         worker.attach_parent(socket.socket(fileno=parent_fd))
