@@ -20,6 +20,7 @@ ENROLLED = LAYOUT["WORKLOAD_ENROLLED"]
 LOCAL = LAYOUT["WORKLOAD_LOCAL"]
 WAYPOINT = LAYOUT["WORKLOAD_WAYPOINT"]
 ALLOW_ANY = LAYOUT["WORKLOAD_ALLOW_ANY"]
+OPEN = LAYOUT["WORKLOAD_OPEN"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,6 +31,8 @@ class LocalPod:
     addresses: tuple[str, ...]
     generation: int
     enrolled: bool
+    open: bool = False
+    """Not captured any more once the agent's heartbeat has stopped."""
 
 
 class _Policies:
@@ -73,7 +76,9 @@ def local_workloads(world: World, pods: Iterable[LocalPod], numbers: Numbers) ->
     found: dict[str, WorkloadValue] = {}
     for pod in sorted(pods, key=lambda p: p.generation):
         known = world.workloads.get(pod.workload_uid)
-        flags = LOCAL | (ENROLLED if pod.enrolled else 0) | (_flags(known, policies) if known else 0)
+        flags = LOCAL | (_flags(known, policies) if known else 0)
+        if pod.enrolled:
+            flags |= ENROLLED | (OPEN if pod.open else 0)
         for address in pod.addresses:
             found[address] = WorkloadValue(numbers.of(pod.workload_uid), flags, pod.generation)
     return found

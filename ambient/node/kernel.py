@@ -32,6 +32,8 @@ from ambient.model.world import World
 from ambient.node.records import Names
 from ambient.settings import NodeSettings
 
+HEARTBEAT_TIMEOUT_S: Final = 15
+"""A restarted agent is back in two seconds; after so long pods that ask for it are captured no more."""
 LOADER_S: Final = 180.0
 """Compiling takes seconds; minutes on a busy small machine."""
 _KINDS: Final = (
@@ -107,6 +109,7 @@ def _settings_value(settings: NodeSettings, mode: int, generation: int) -> Setti
         kubelet_cgroups=tuple(cgroup.cgroup_id(path) for path in settings.kubelet_cgroups),
         cluster_ranges=tuple(network_range(text) for text in settings.cluster_ranges),
         mode=mode,
+        heartbeat_timeout_s=HEARTBEAT_TIMEOUT_S,
     )
 
 
@@ -210,12 +213,13 @@ class Kernel:
             for _, kind in _KINDS:
                 self.maps.listeners.delete(address, kind)
 
-    def put_enrolled(self, cookie: int, addresses: Iterable[str], workload_uid: str) -> None:
+    def put_enrolled(self, cookie: int, addresses: Iterable[str], workload_uid: str, open_on_failure: bool) -> None:
         found = list(addresses)
         value = EnrolledValue(
             next((a for a in found if ":" not in a), ""),
             next((a for a in found if ":" in a), ""),
             self.number(workload_uid),
+            flags=LAYOUT["ENROLLED_OPEN"] if open_on_failure else 0,
         )
         self.maps.put_enrolled(cookie, value)
 

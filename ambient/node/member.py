@@ -62,7 +62,7 @@ class Member:
         record = self.record
         if record.gone or not record.addresses or not record.generation:
             return None
-        return LocalPod(self.workload_uid, record.addresses, record.generation, self.addressed)
+        return LocalPod(self.workload_uid, record.addresses, record.generation, self.addressed, record.open_on_failure)
 
     def message(self, number: int) -> m.Pod:
         record = self.record
@@ -136,7 +136,8 @@ class MemberSteps:
 
     async def put_enrolled(self) -> None:
         member = self._member
-        self._kernel.put_enrolled(member.cookie, member.record.addresses, member.workload_uid)
+        record = member.record
+        self._kernel.put_enrolled(member.cookie, record.addresses, member.workload_uid, record.open_on_failure)
 
     async def annotate(self, enabled: bool) -> None:
         await self._annotate(self._member, enabled)

@@ -35,6 +35,8 @@ RETRY_MAX_S: Final = 30.0
 PODS_MAX: Final = 1024
 NOT_ENROLLED: Final = "ambient.mesh/not-enrolled"
 """Annotation of a pod that was asked into the mesh and cannot be in it: ``reason: sentence``."""
+ON_FAILURE: Final = "ambient.mesh/on-failure"
+"""Annotation of a namespace: open or closed (the default)."""
 ISTIO_CNI: Final = ("k8s-app", "istio-cni-node")
 
 log = logging.getLogger(__name__)
@@ -224,8 +226,7 @@ class Pods:
             self.namespaces.pop(name, None)
         else:
             self.namespaces[name] = new
-        mode = words.DATAPLANE_MODE
-        if (old.labels.get(mode) if old else None) != (new.labels.get(mode) if new else None) or old is None:
+        if old is None or _asks(old) != _asks(new):
             for member in self.members.values():
                 if member.record.namespace == name:
                     self.kick(member)
@@ -289,6 +290,15 @@ class Pods:
         if isinstance(verdict, Enrol) and self._istio_cni_here():
             return NotEnrolled("istio_cni", "istio-cni runs on this node and owns the label; remove one of the two")
         return verdict
+
+    def take_on_failure(self, member: Member) -> bool:
+        """Note what the pod's namespace asks for when the agent fails. True if that is something else than before."""
+        namespace = self.namespaces.get(member.record.namespace)
+        if namespace is None:
+            return False
+        wanted = namespace.annotations.get(ON_FAILURE) == "open"
+        changed, member.record.open_on_failure = wanted != member.record.open_on_failure, wanted
+        return changed
 
     def _istio_cni_here(self) -> bool:
         key, value = ISTIO_CNI
@@ -369,8 +379,12 @@ class Pods:
             return
         try:
             self.check(member)
+            changed = self.take_on_failure(member)
             if member.state != "enrolled" or member.handle is None or not member.handed:
                 await self.join(member)
+            elif changed:
+                await self.steps(member).put_enrolled()
+                self.addresses_changed()
         except Refused as refusal:
             await self._bring_out(member)
             self.note(member, "refused", refusal.reason, refusal.detail)
@@ -530,3 +544,10 @@ class Pods:
         if member.task is not None and not member.task.done():
             member.task.cancel()
             await asyncio.gather(member.task, return_exceptions=True)
+
+
+def _asks(namespace: Namespace | None) -> tuple[str, str]:
+    """What of a namespace matters here."""
+    if namespace is None:
+        return ("", "")
+    return (namespace.labels.get(words.DATAPLANE_MODE, ""), namespace.annotations.get(ON_FAILURE, ""))

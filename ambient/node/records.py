@@ -32,6 +32,8 @@ class Record(msgspec.Struct, kw_only=True):
     generation: int = 0
     in_mesh: bool = False
     """Enrolled, or on the way in or out: there may be listeners, entries and attachments."""
+    open_on_failure: bool = False
+    """Its namespace asks for `ambient.mesh/on-failure: open`."""
     gone: bool = False
     """DEL came; kept until the API says so too, so that its address is not believed to be the pod's."""
 

@@ -95,6 +95,7 @@ class Sandboxes:
             record.netns_path, record.netns_inode = request.netns, os.stat(request.netns).st_ino
             record.addresses, record.gone, record.in_mesh = addresses, False, False
             record.generation = self._pods.records.next_generation(time.time_ns())
+            self._pods.take_on_failure(member)
             self._pods.addresses_changed()
             if isinstance(verdict, Enrol):
                 return await self._add_to_mesh(request, member)

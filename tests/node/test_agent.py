@@ -19,15 +19,15 @@ import msgspec
 import pytest
 import pytest_asyncio
 
-from ambient.datapath.entries import ENROLLED, LOCAL
+from ambient.datapath.entries import ENROLLED, LOCAL, OPEN
 from ambient.io import bpf_links
-from ambient.manifest.kinds import POD
+from ambient.manifest.kinds import NAMESPACE, POD
 from ambient.manifest.mesh import REDIRECTION
 from ambient.model.address import parse_ip
 from ambient.model.workload import Port, Service, TunnelProtocol, Workload
 from ambient.model.world import World
 from ambient.node import cni
-from ambient.node.pods import NOT_ENROLLED
+from ambient.node.pods import NOT_ENROLLED, ON_FAILURE
 from tests.node.real_node import NODE, RealNode, Sandbox, real_node
 from tests.support.require import require
 
@@ -442,6 +442,25 @@ async def test_the_heartbeat_moves_and_the_settings_name_the_cgroups(node: RealN
         assert set(first.exempt_cgroups) == {os.stat(node.cgroup / n).st_ino for n in ("agent", "ztunnel")}
         assert first.kubelet_cgroups == (os.stat(node.cgroup / "kubelet").st_ino,)
         await node.until(lambda: maps.settings.heartbeat_ns > first.heartbeat_ns, "a heartbeat", 5)  # type: ignore[union-attr]
+
+
+async def test_a_namespace_may_ask_to_be_open_on_failure(node: RealNode) -> None:
+    await node.namespace("soft", "ambient")
+    await node.client.patch(NAMESPACE, "soft", {"metadata": {"annotations": {ON_FAILURE: "open"}}})
+    pod, sandbox = await added(node, "soft", "soft")
+    cookie = (await node.state("soft"))["netns_cookie"]
+    with node.maps() as maps:
+
+        def opened() -> bool:
+            return bool(maps.workloads[sandbox.address].flags & OPEN and maps.enrolled[cookie].flags)
+
+        await node.until(opened, "both maps say so")
+        assert maps.settings is not None and maps.settings.heartbeat_timeout_s > 2
+        await node.client.patch(NAMESPACE, "soft", {"metadata": {"annotations": {ON_FAILURE: None}}})
+        await node.until(
+            lambda: not maps.workloads[sandbox.address].flags & OPEN and not maps.enrolled[cookie].flags, "closed again"
+        )
+    await gone(node, pod, sandbox)
 
 
 async def test_garbage_on_cni_sock_gets_an_answer_and_harms_nobody(node: RealNode) -> None:

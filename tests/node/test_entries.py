@@ -64,6 +64,13 @@ def test_a_pod_that_left_stays_known_as_not_enrolled() -> None:
     assert found["10.1.0.5"].flags == LOCAL
 
 
+def test_open_on_failure_is_said_of_enrolled_pods_only() -> None:
+    found = entries.local_workloads(World(), [replace(HERE, open=True)], Numbers())
+    assert found["10.1.0.5"].flags == LOCAL | ENROLLED | entries.OPEN
+    found = entries.local_workloads(World(), [replace(HERE, open=True, enrolled=False)], Numbers())
+    assert found["10.1.0.5"].flags == LOCAL
+
+
 def test_a_reused_address_names_the_later_pod() -> None:
     later = LocalPod("Kubernetes//Pod/shop/later", ("10.1.0.5",), generation=78, enrolled=True)
     numbers = Numbers()
