@@ -201,6 +201,13 @@ class Pod:
 
     def enrol(self, *, flows_max: int = LAYOUT["FLOWS_SHARE_DEFAULT"], flags: int = 0, generation: int = 1) -> None:
         """What the agent does, in its order."""
+        with self.node.member("agent"):
+            self._listen(generation)
+        bpf_links.attach_sk_lookup(self.node.bpffs_dir, self.fd, self.name)
+        value = EnrolledValue(self.ip4, self.ip6, self.workload, flows_max=flows_max, flags=flags)
+        self.node.maps.put_enrolled(self.cookie, value)
+
+    def _listen(self, generation: int) -> None:
         maps = self.node.maps
         for family, loopback, address, anywhere in (
             (4, "127.0.0.1", self.ip4, "0.0.0.0"),
@@ -218,10 +225,6 @@ class Pod:
             maps.listeners.put(address, LAYOUT["LISTENER_HBONE"], hbone.fileno())
             local = LAYOUT["WORKLOAD_LOCAL"] | LAYOUT["WORKLOAD_ENROLLED"]
             maps.workloads[address] = WorkloadValue(self.workload, local, generation)
-        bpf_links.attach_sk_lookup(self.node.bpffs_dir, self.fd, self.name)
-        maps.put_enrolled(
-            self.cookie, EnrolledValue(self.ip4, self.ip6, self.workload, flows_max=flows_max, flags=flags)
-        )
 
     def leave(self) -> None:
         """Un-enrol."""
@@ -312,8 +315,11 @@ class Node:
     @contextlib.contextmanager
     def member(self, part: str) -> Iterator[None]:
         """The test process is in a cgroup of the node: sockets made now belong there for life."""
-        home = cgroup.of_pid(os.getpid())
-        cgroup.move(0, self.cgroup / part)
+        home, target = cgroup.of_pid(os.getpid()), self.cgroup / part
+        if home == target:  # nested: moving a process waits for all CPUs
+            yield
+            return
+        cgroup.move(0, target)
         try:
             yield
         finally:
