@@ -10,7 +10,7 @@ import yaml
 
 from ambient.lab.apiserver import schema
 from ambient.lab.apiserver.schema import POD
-from ambient.lab.controllers.driver import run_controllers
+from ambient.lab.controllers.driver import CONTROLLERS, reconcile, run_controllers
 from tests.lab_api.conftest import Kubectl, until
 from tests.lab_api.objects import node, running
 
@@ -174,6 +174,31 @@ async def test_server_side_apply_works_and_dry_runs_change_nothing(kubectl: Kube
     assert "conflict" in await kubectl.fails(*arguments, stdin=other)
     await kubectl.ok("apply", "--dry-run=server", "-f", "-", stdin=SHOP.replace("name: one", "name: two"))
     assert kubectl.cluster.store.find(POD, "shop", "two") is None
+
+
+async def test_editing_changes_the_object(kubectl: Kubectl) -> None:
+    await kubectl.ok("apply", "-f", "-", stdin=SHOP)
+    kubectl.environment["KUBE_EDITOR"] = "sed -i s/DENY/ALLOW/"
+    assert "edited" in await kubectl.ok("edit", "authorizationpolicy", "deny", "-n", "shop")
+    assert kubectl.cluster.store.get(schema.AUTHORIZATION_POLICY, "shop", "deny")["spec"]["action"] == "ALLOW"
+
+
+async def test_acting_as_a_service_account_has_its_rights_only(kubectl: Kubectl) -> None:
+    account = "--as=system:serviceaccount:default:default"
+    assert "NAME" in await kubectl.ok("get", "ns", account)
+    assert 'cannot list resource "secrets"' in await kubectl.fails("get", "secrets", account)
+    assert "cannot create" in await kubectl.fails("run", "x", "--image=i", account)
+    assert (await kubectl.ok("auth", "can-i", "list", "pods", account)).strip() == "yes"
+    assert (await kubectl.run("auth", "can-i", "list", "secrets", account))[1].strip() == "no"
+
+
+async def test_describing_shows_events_and_endpoints(kubectl: Kubectl) -> None:
+    await kubectl.ok("apply", "-f", "-", stdin=SHOP)
+    while reconcile(kubectl.cluster.store, CONTROLLERS):
+        pass
+    assert "FailedScheduling" in await kubectl.ok("describe", "pod", "one", "-n", "shop")
+    assert "Endpoints:" in await kubectl.ok("describe", "service", "web", "-n", "shop")
+    assert "ScalingReplicaSet" in await kubectl.ok("describe", "deployment", "web", "-n", "shop")
 
 
 async def test_a_watch_prints_changes_as_they_come(kubectl: Kubectl) -> None:

@@ -250,6 +250,22 @@ async def test_a_plain_service_account_may_read_all_but_secrets_and_write_nothin
         assert 'User "system:serviceaccount:default:default" cannot' in answer["message"]
 
 
+async def test_only_a_system_user_may_act_as_another(cluster: Cluster) -> None:
+    path = "/apis/authentication.k8s.io/v1/selfsubjectreviews"
+    headers = {"Impersonate-User": "eve", "Impersonate-Group": "crew"}
+    code, answer = await cluster.call("POST", path, {}, headers=dict(headers))
+    assert (code, answer["status"]["userInfo"]["username"]) == (201, "eve")
+    assert (await cluster.call("GET", "/api/v1/secrets", headers=dict(headers)))[0] == 403
+    plain = await token(cluster, "default", "default")
+    masters = {"Authorization": f"Bearer {plain}", "Impersonate-User": "x", "Impersonate-Group": "system:masters"}
+    context = ssl.create_default_context(cadata=cluster.server.ca_pem.decode())
+    async with (
+        aiohttp.ClientSession(connector=aiohttp.TCPConnector(ssl=context)) as session,
+        session.get(cluster.url + "/api/v1/secrets", headers=masters) as response,
+    ):
+        assert response.status == 403
+
+
 async def test_a_service_account_of_a_system_namespace_may_write(cluster: Cluster) -> None:
     credential = await token(cluster, "kube-system", "default")
     assert (await as_bearer(cluster, credential, "POST", MAPS, {"metadata": {"name": "m"}}))[0] == 201

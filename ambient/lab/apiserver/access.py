@@ -7,13 +7,14 @@ server issued, or static tokens handed in. There are two kinds of user:
 * *others*, plain service accounts in particular: may get, list and watch everything except Secrets, and ask
   who they are and what they may do. They may write nothing and review no tokens.
 
+A system user may act as another (``kubectl --as``), with that user's rights.
 Without valid credentials only the version and health paths answer; all else is 401.
 """
 
 from __future__ import annotations
 
 import hmac
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 from ambient.lab.apiserver import schema
@@ -50,6 +51,18 @@ def authenticate(
     if isinstance(result, Accepted):
         return result.user
     raise unauthorized()
+
+
+def impersonate(user: User, name: str, groups: Sequence[str], system_namespaces: Collection[str]) -> User:
+    """The user that a request's Impersonate-User and Impersonate-Group name. Raises ApiError 403 for plain users."""
+    if not is_system(user, system_namespaces):
+        why = f'User "{user.name}" cannot impersonate resource "users" in API group "" at the cluster scope'
+        raise ApiError(403, "Forbidden", f'users "{name}" is forbidden: {why}', details={"kind": "users", "name": name})
+    parts = name.split(":")
+    if parts[:2] == ["system", "serviceaccount"] and len(parts) == 4:
+        shared = ("system:serviceaccounts", f"system:serviceaccounts:{parts[2]}")
+        return User(name, groups=(*groups, *shared, "system:authenticated"), namespace=parts[2])
+    return User(name, groups=(*groups, "system:authenticated"))
 
 
 def is_system(user: User, system_namespaces: Collection[str]) -> bool:

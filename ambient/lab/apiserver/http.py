@@ -178,6 +178,9 @@ class ApiServer:
         certificate = request.transport.get_extra_info("peercert") if request.transport else None
         authorization = request.headers.get("Authorization", "")
         user = access.authenticate(authorization, certificate, self.tokens, self._static_tokens)
+        if name := request.headers.get("Impersonate-User"):
+            groups = request.headers.getall("Impersonate-Group", [])
+            user = access.impersonate(user, name, groups, self._settings.system_namespaces)
         static = self._static(request, path.rstrip("/"))
         if static is not None:
             return static
