@@ -13,6 +13,7 @@ import argparse
 import contextlib
 import fcntl
 import os
+import signal
 import sys
 import tempfile
 import time
@@ -169,6 +170,8 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--pods-cgroup", required=True, help="lowest cgroup2 directory common to all pods")
     parser.add_argument("--check", action="store_true", help="compile and check only; pin and attach nothing")
     options = parser.parse_args(arguments)
+    # An end by SIGTERM undoes what was begun, like any other failure.
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(1))
     try:
         if options.check:
             compiled = Compiled()
