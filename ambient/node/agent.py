@@ -173,6 +173,9 @@ class Agent:
         """Load what is not loaded, take up what is there, then keep maps and World in step."""
         if not kernels.loaded(self._settings):
             log.info("%s", await kernels.load(self._settings))
+            if self._kernel is not None:  # other maps now: everything is written again
+                self._kernel.close()
+                self._kernel = None
         async with asyncio.TaskGroup() as tasks:
             if self._kernel is None:
                 maps = Maps.open(self._settings.bpffs_dir)

@@ -22,7 +22,7 @@
 
 #define INPUT_MAX (1024 * 1024)
 #define ANSWER_MAX (4 * INPUT_MAX)
-#define ANSWER_TIMEOUT_MS 60000
+#define ANSWER_TIMEOUT_MS 25000
 #define RUN_DIR_DEFAULT "/run/ambient"
 #define SYSTEM_NAMESPACE_DEFAULT "ambient-system"
 #define DEPTH_MAX 64

@@ -16,6 +16,8 @@ from ambient.io import seqpacket
 from ambient.node import messages as m
 
 RECONNECT_S: Final = 0.2
+HOLDS_MAX: Final = 380
+"""Pod UIDs that fit one Hello."""
 ANSWER_S: Final = 20.0
 """Longer than any drain the holder waits for: an answer always comes, or the connection ends."""
 
@@ -63,7 +65,7 @@ class HolderClient:
         sock = seqpacket.connect(self._path)
         packets: seqpacket.AsyncPacketSocket[m.Message] = seqpacket.AsyncPacketSocket(sock, m.Message)
         self._packets = packets
-        await packets.send(m.Hello(role="agent", pid=os.getpid(), holds=tuple(self.held)))
+        await packets.send(m.Hello(role="agent", pid=os.getpid(), holds=tuple(self.held)[:HOLDS_MAX]))
         snapshot: dict[str, Handle] = {}
         while True:
             got = await packets.receive()

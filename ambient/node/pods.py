@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import os
 import time
 from collections.abc import Awaitable, Callable, Mapping
 from pathlib import Path
@@ -16,12 +15,11 @@ from typing import Any, Final, Protocol
 
 from ambient.datapath.entries import LocalPod
 from ambient.errors import AmbientError, PlatformFault
-from ambient.io import netns
 from ambient.manifest import mesh as words
 from ambient.manifest.mesh import Mesh
 from ambient.manifest.objects import Namespace, Pod
 from ambient.manifest.pods import Enrol, Leave, NotEnrolled, addresses_of, enrolment, in_world, workload_uid
-from ambient.node import enrol, inspect
+from ambient.node import enrol, living
 from ambient.node import messages as m
 from ambient.node.holder_client import Handle, HolderClient
 from ambient.node.kernel import Kernel
@@ -123,7 +121,8 @@ class Pods:
             self._adopt(uid, handle)
         self._late.clear()
         for member in list(self.members.values()):
-            if self._sandbox_is_gone(member) or (member.record.gone and member.record.in_mesh):
+            gone = living.is_gone(member.record, self._pods_cgroup(), self._ended(member))
+            if gone or (member.record.gone and member.record.in_mesh):
                 log.info("pod %s ended while the agent was away", member.title)
                 await self._forget(member)
         kernel.put_pods(self.local_pods())
@@ -354,7 +353,7 @@ class Pods:
         record = member.record
         if record.gone:
             return
-        if member.api is None and self.synced and self._sandbox_is_gone(member):
+        if self._ended(member) and living.is_gone(record, self._pods_cgroup(), True):
             await self._forget(member)
             self.drop(member)
             return
@@ -395,16 +394,8 @@ class Pods:
 
     def check(self, member: Member) -> None:
         """Raises Refused if the pod, as it is now, cannot be served."""
-        if member.handle is not None:
-            fd, own = member.handle.fds[m.NETNS], False
-        else:
-            fd, own = self._open_netns(member), True
-        try:
-            inspect.check_not_forwarding(fd)
-            inspect.check_not_nested(inspect.namespaces_of(self._pods_cgroup(), member.record.uid), netns.inode(fd))
-        finally:
-            if own:
-                os.close(fd)
+        held = member.handle.fds[m.NETNS] if member.handle is not None else None
+        living.check(member.record, held, self._pods_cgroup())
 
     async def join(self, member: Member) -> None:
         """Raises after undoing everything. The annotation is the caller's."""
@@ -457,46 +448,16 @@ class Pods:
             member,
             self.kernel,
             self.holder,
-            open_netns=self._open_netns,
+            open_netns=lambda x: living.open_netns(x.record, self._pods_cgroup()),
             addresses_changed=self.addresses_changed,
             annotate=self._annotate,
             acknowledged=self._acknowledged,
             wanted_back=lambda x: isinstance(self._verdict(x), Enrol),
         )
 
-    # --- namespaces of living pods
-
-    def _open_netns(self, member: Member) -> int:
-        """The pod's namespace: the one of its ADD if that still stands, else by its processes. PlatformFault."""
-        record = member.record
-        if record.netns_path:
-            try:
-                fd = netns.open_netns(record.netns_path)
-                if netns.inode(fd) == record.netns_inode:
-                    return fd
-                os.close(fd)
-            except PlatformFault:
-                pass  # a process that has ended; another one will do
-        found = inspect.namespaces_of(self._pods_cgroup(), record.uid)
-        if not found:
-            raise PlatformFault(f"pod {member.title}: no process of it is found in {self._pods_cgroup()}")
-        fd = netns.open_netns(found[0].path)
-        record.netns_path, record.netns_inode = found[0].path, netns.inode(fd)
-        return fd
-
-    def _sandbox_is_gone(self, member: Member) -> bool:
-        """Whether the pod's namespace is gone for certain: the file its ADD named is no more, or another one."""
-        record = member.record
-        if record.gone:
-            return False
-        if record.netns_path and not record.netns_path.startswith("/proc/"):
-            try:
-                return os.stat(record.netns_path).st_ino != record.netns_inode
-            except FileNotFoundError:
-                return True
-            except OSError:
-                return False
-        return member.api is None and self.synced and not inspect.namespaces_of(self._pods_cgroup(), record.uid)
+    def _ended(self, member: Member) -> bool:
+        """Whether the API says that there is no such pod."""
+        return member.api is None and self.synced
 
     async def audit(self) -> None:
         """Look at every living pod again, for ever: what was fine may forward packets by now."""
