@@ -24,9 +24,9 @@ from ambient.model.world import Diff, World
 class Reconciler:
     """The one writer of the World. ``world`` is what to serve; None until the first `publish`."""
 
-    def __init__(self, mesh: Mesh, acknowledge_timeout_s: float) -> None:
+    def __init__(self, mesh: Mesh, acknowledge_timeout_s: float, settle_s: float = 0.0) -> None:
         self.world: World | None = None
-        self.delay = StrictDelay(acknowledge_timeout_s)
+        self.delay = StrictDelay(acknowledge_timeout_s, settle_s)
         self._translator = Translator(mesh)
         self._unreadable: dict[tuple[str, str], Problem] = {}
         self._policies: dict[str, AuthorizationPolicy] = {}

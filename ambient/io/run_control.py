@@ -48,6 +48,7 @@ log = logging.getLogger(__name__)
 
 DEBOUNCE_S = 0.01  # collects what belongs together: a rollout's pods, a service and its slices
 PAUSE_S_MAX = 0.5
+SETTLE_S = 1.0  # between the last acknowledgement and STRICT: requests under way in plaintext finish
 LEASE_NAME = "ambient-control"
 
 WATCHED: tuple[Kind[Any], ...] = (
@@ -70,7 +71,7 @@ class ControlPlane:
         self.authority = Authority.open(settings, time.time())
         self.discovery = Server()
         mesh = Mesh(settings.trust_domain, settings.cluster_id, settings.cluster_domain, settings.root_namespace)
-        self.reconciler = Reconciler(mesh, settings.acknowledge_timeout_s)
+        self.reconciler = Reconciler(mesh, settings.acknowledge_timeout_s, SETTLE_S)
         self.writer = Writer(client, self.reconciler, lambda: self.authority.bundle_pem)
         self.publishes_total = 0
         self.server: ControlServer | None = None

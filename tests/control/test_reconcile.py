@@ -369,3 +369,17 @@ def test_the_delay_alone_admits_a_plain_workload_without_strict() -> None:
     workload = Workload(UID, "web", "shop", (parse_ip("10.1.0.1"),), policies=(STRICT, "shop/p"))
     assert delay.admit(workload, None, 0.0, first=True).policies == ("shop/p",)
     assert workload.protocol is TunnelProtocol.NONE
+
+
+def test_strict_comes_a_moment_after_the_last_acknowledgement_but_never_after_the_timeout() -> None:
+    delay = StrictDelay(5.0, settle_s=1.0)
+    addresses = (parse_ip("10.1.0.1"),)
+    workload = Workload(UID, "web", "shop", addresses, protocol=TunnelProtocol.HBONE, policies=(STRICT,))
+    assert delay.admit(workload, None, 100.0, first=False).policies == ()
+    assert delay.release(101.0, lambda _: ()) == () and delay.next_deadline == 102.0
+    assert delay.release(101.5, lambda _: ("late",)) == ()
+    assert delay.release(102.0, lambda _: ()) == (workload.uid,)
+    delay.admit(workload, None, 200.0, first=False)
+    assert delay.release(204.7, lambda _: ()) == () and delay.next_deadline == 205.0
+    assert delay.release(205.0, lambda _: ()) == (workload.uid,)
+    assert delay.timeouts_total == 0
