@@ -7,11 +7,10 @@ No clock and no I/O: ``now`` is handed in, in seconds of any clock that only goe
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
 from typing import Any
 
 from ambient.control.statuses import ROOT_CONFIG_MAP, RootWrite, StatusPatch, root_writes, status_patch
-from ambient.control.strict_delay import StrictDelay
+from ambient.control.strict_delay import StrictDelay, Waiting, without_strict
 from ambient.manifest.kinds import Changed
 from ambient.manifest.mesh import Mesh
 from ambient.manifest.objects import AuthorizationPolicy, ConfigMap, Namespace, Pod
@@ -84,17 +83,17 @@ class Reconciler:
             self.delay.forget(uid)
         return self._apply(before, workloads, change)
 
-    def release(self, now: float, still_waiting: Callable[[str], Sequence[str]]) -> World | None:
-        """Make those strict whose wait is over: the new World, or None if nothing changes.
+    def release(self, now: float, ignorant: Waiting, behind: Waiting) -> World | None:
+        """Publish those whose wait is over as they shall be: the new World, or None if nothing changes.
 
-        Call after the World of `publish` was handed to the server: ``still_waiting(uid)`` names the nodes that
-        have not acknowledged the workload as HBONE.
+        Call after the World of `publish` was handed to the server; the arguments are those of `StrictDelay.release`.
         """
-        released = self.delay.release(now, still_waiting)
+        released = self.delay.release(now, ignorant, behind)
         if not released or self.world is None:
             return None
         wanted = self._translator.world.workloads
-        workloads = tuple(wanted[uid] for uid in released if uid in wanted)
+        over = (wanted[uid] for uid in released if uid in wanted)
+        workloads = tuple(w if w.enrolled else without_strict(w) for w in over)
         changed = tuple(w for w in workloads if self.world.workloads.get(w.uid) != w)
         return self._apply(self.world, changed, Diff()) if changed else None
 

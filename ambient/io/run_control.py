@@ -145,7 +145,9 @@ class ControlPlane:
                 self.writer.wake()
                 self._say_problems()
                 self._published.set()
-            released = self.reconciler.release(loop.time(), lambda uid: self.discovery.acknowledged(uid, True))
+            released = self.reconciler.release(
+                loop.time(), lambda uid: self.discovery.acknowledged(uid, True), self.discovery.behind
+            )
             if released is not None:
                 served = released
                 self.discovery.set_world(released)

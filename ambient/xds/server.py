@@ -311,6 +311,17 @@ class Session:
             sent.type_url == ADDRESS_TYPE and sent.names.get(uid, False) for sent in self._pending.values()
         ) or any(resource.name == uid and resource.hbone for planned in self._planned for resource in planned.resources)
 
+    def lags(self, uid: str) -> bool:
+        """Whether the client may not have the present form of the workload."""
+        subscription = self._subscriptions.get(ADDRESS_TYPE)
+        if subscription is None:
+            return not self._subscriptions or AUTHORIZATION_TYPE in self._subscriptions
+        if not subscription.wildcard and uid not in subscription.sent:
+            return False
+        under_way = any(sent.type_url == ADDRESS_TYPE and uid in sent.names for sent in self._pending.values())
+        planned = any(resource.name == uid for part in self._planned for resource in part.resources)
+        return under_way or planned or subscription.seen < self._store.generation
+
     @property
     def follows_addresses(self) -> bool:
         return ADDRESS_TYPE in self._subscriptions
@@ -405,6 +416,10 @@ class Server:
         if self.store.generation == 0 or (workload is not None and workload.enrolled) != hbone:
             waiting.add(CONTROL)
         return tuple(sorted(waiting))
+
+    def behind(self, workload_uid: str) -> tuple[str, ...]:
+        """The nodes that may not have acknowledged the workload as the World has it now."""
+        return tuple(sorted({s.node or s.id or "?" for s in self._sessions if s.lags(workload_uid)}))
 
     def listen(self, listener: Callable[[], None]) -> None:
         """Call ``listener`` whenever the answer of `acknowledged` may have changed."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import pytest
@@ -56,6 +57,8 @@ class Plane:
         self.known: dict[tuple[str, str], Any] = {}
         self.waiting: dict[str, tuple[str, ...]] = {}
         """uid -> nodes that have not acknowledged."""
+        self.behind: dict[str, tuple[str, ...]] = {}
+        """uid -> nodes that do not have its present form."""
         self.put(*objects)
 
     def put(self, *objects: Any) -> None:
@@ -80,7 +83,7 @@ class Plane:
         self.release()
 
     def release(self) -> None:
-        self.reconciler.release(self.now, lambda uid: self.waiting.get(uid, ()))
+        self.reconciler.release(self.now, lambda uid: self.waiting.get(uid, ()), lambda uid: self.behind.get(uid, ()))
 
     def workload(self, uid: str = UID) -> Workload:
         assert self.reconciler.world is not None
@@ -371,15 +374,49 @@ def test_the_delay_alone_admits_a_plain_workload_without_strict() -> None:
     assert workload.protocol is TunnelProtocol.NONE
 
 
+def nobody(_: str) -> tuple[str, ...]:
+    return ()
+
+
+def test_strict_goes_before_peers_hear_that_the_pod_is_reached_in_plaintext() -> None:
+    delay = StrictDelay(5.0)
+    addresses = (parse_ip("10.1.0.1"),)
+    strict = Workload(UID, "web", "shop", addresses, protocol=TunnelProtocol.HBONE, policies=(STRICT,))
+    plain_form = dataclasses.replace(strict, protocol=TunnelProtocol.NONE)
+    first = delay.admit(plain_form, strict, 100.0, first=False)
+    assert first.enrolled and first.policies == ()
+    assert delay.release(101.0, nobody, lambda _: ("n2",)) == () and delay.waiting == (UID,)
+    # a change meanwhile does not make it wait longer, nor less
+    assert delay.admit(plain_form, first, 102.0, first=False) == first and delay.next_deadline == 105.0
+    assert delay.release(103.0, nobody, nobody) == (UID,) and delay.timeouts_total == 0
+    delay.admit(plain_form, strict, 200.0, first=False)
+    assert delay.release(205.0, nobody, lambda _: ("n2",)) == (UID,) and delay.timeouts_total == 1
+
+
+def test_a_pod_that_comes_back_while_it_leaves_is_strict_at_once_because_everybody_knows_the_way() -> None:
+    delay = StrictDelay(5.0)
+    addresses = (parse_ip("10.1.0.1"),)
+    strict = Workload(UID, "web", "shop", addresses, protocol=TunnelProtocol.HBONE, policies=(STRICT,))
+    leaving = delay.admit(dataclasses.replace(strict, protocol=TunnelProtocol.NONE), strict, 100.0, first=False)
+    assert delay.admit(strict, leaving, 101.0, first=False) == strict and delay.waiting == ()
+
+
+def test_a_pod_that_was_not_strict_leaves_at_once() -> None:
+    delay = StrictDelay(5.0)
+    plain_form = Workload(UID, "web", "shop", (parse_ip("10.1.0.1"),))
+    published = dataclasses.replace(plain_form, protocol=TunnelProtocol.HBONE)
+    assert delay.admit(plain_form, published, 100.0, first=False) == plain_form and delay.waiting == ()
+
+
 def test_strict_comes_a_moment_after_the_last_acknowledgement_but_never_after_the_timeout() -> None:
     delay = StrictDelay(5.0, settle_s=1.0)
     addresses = (parse_ip("10.1.0.1"),)
     workload = Workload(UID, "web", "shop", addresses, protocol=TunnelProtocol.HBONE, policies=(STRICT,))
     assert delay.admit(workload, None, 100.0, first=False).policies == ()
-    assert delay.release(101.0, lambda _: ()) == () and delay.next_deadline == 102.0
-    assert delay.release(101.5, lambda _: ("late",)) == ()
-    assert delay.release(102.0, lambda _: ()) == (workload.uid,)
+    assert delay.release(101.0, lambda _: (), nobody) == () and delay.next_deadline == 102.0
+    assert delay.release(101.5, lambda _: ("late",), nobody) == ()
+    assert delay.release(102.0, lambda _: (), nobody) == (workload.uid,)
     delay.admit(workload, None, 200.0, first=False)
-    assert delay.release(204.7, lambda _: ()) == () and delay.next_deadline == 205.0
-    assert delay.release(205.0, lambda _: ()) == (workload.uid,)
+    assert delay.release(204.7, lambda _: (), nobody) == () and delay.next_deadline == 205.0
+    assert delay.release(205.0, lambda _: (), nobody) == (workload.uid,)
     assert delay.timeouts_total == 0

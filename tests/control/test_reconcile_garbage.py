@@ -152,7 +152,7 @@ def test_no_object_raises_and_every_workload_has_an_identity(steps: list[tuple[s
         if old is not None or new is not None:
             reconciler.change(Changed(kind, item.key, old, new))
         store.set_world(reconciler.publish(float(now)))
-        reconciler.release(float(now), lambda _uid: ())
+        reconciler.release(float(now), lambda _uid: (), lambda _uid: ())
         reconciler.status_patches("now")
         reconciler.root_writes("bundle")
         assert all(problem.where and problem.rule for problem in reconciler.problems)
