@@ -1,0 +1,110 @@
+"""Writing the World: what finds no room makes the maps incomplete, and is counted, until it fits."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from ambient.datapath.entries import LocalPod
+from ambient.datapath.values import SettingsValue, WorkloadValue
+from ambient.errors import PlatformFault
+from ambient.model.address import parse_ip
+from ambient.model.workload import Workload
+from ambient.model.world import World
+from ambient.node import kernel as kernels
+from ambient.node.kernel import Kernel
+from ambient.node.records import Names
+from ambient.settings import NodeSettings
+
+
+class Table(dict[Any, Any]):
+    """A map with a limit, as the kernel has them; counts what is written."""
+
+    limit = 100
+    writes = 0
+
+    def __setitem__(self, key: Any, value: Any) -> None:
+        if key not in self and len(self) >= self.limit:
+            raise PlatformFault("no room")
+        self.writes += 1
+        super().__setitem__(key, value)
+
+    def delete(self, key: Any) -> bool:
+        return self.pop(key, None) is not None
+
+
+@pytest.fixture
+def kernel(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Kernel:
+    monkeypatch.setattr(kernels, "_settings_value", lambda settings, mode, generation: SettingsValue(mode=mode))
+    maps: Any = SimpleNamespace(workloads=Table(), services=Table(), settings=SettingsValue(mode=1))
+    return Kernel(NodeSettings(node_name="n1"), Names(tmp_path / "names.json"), maps)
+
+
+def world(count: int) -> World:
+    return World.of(
+        Workload(uid=f"w{n}", name=f"w{n}", namespace="shop", addresses=(parse_ip(f"10.0.0.{n}"),), node="n2")
+        for n in range(1, count + 1)
+    )
+
+
+OURS = LocalPod("ours", ("10.0.0.200",), 5, True)
+
+
+def test_the_maps_are_complete_once_the_first_world_is_in_them(kernel: Kernel) -> None:
+    kernel.put_pods([OURS])
+    kernel.beat()
+    assert kernel.maps.settings is not None and kernel.maps.settings.complete == 0
+    kernel.put_world(World(), [OURS])
+    assert kernel.maps.settings.complete == 1
+
+
+def test_the_same_world_again_writes_nothing(kernel: Kernel) -> None:
+    kernel.put_world(world(5), [OURS])
+    table: Any = kernel.maps.workloads
+    before = table.writes
+    kernel.put_world(world(5), [OURS])
+    assert before == 6 and table.writes == before
+
+
+def test_what_finds_no_room_makes_the_maps_incomplete_until_it_fits(kernel: Kernel) -> None:
+    table: Any = kernel.maps.workloads
+    table.limit = 4
+    kernel.put_world(world(6), [])
+    assert kernel.maps.settings is not None and kernel.maps.settings.complete == 0
+    assert kernel.refused == 2 and "no room" in kernel.problem
+    kernel.put_world(world(3), [])
+    assert kernel.maps.settings.complete == 1 and kernel.problem == ""
+
+
+def test_an_operators_bypass_outlives_the_agent(kernel: Kernel) -> None:
+    kernel.beat()
+    assert kernel.maps.settings is not None and kernel.maps.settings.mode == 1
+
+
+def test_entries_of_an_earlier_agent_serve_until_the_first_world(tmp_path: Path, kernel: Kernel) -> None:
+    table: Any = kernel.maps.workloads
+    table["10.0.0.9"] = WorkloadValue(3, 1, 3)
+    table["10.0.0.201"] = WorkloadValue(4, kernels.entries.LOCAL, 3)  # a pod of ours that is gone
+    again = Kernel(NodeSettings(node_name="n1"), Names(tmp_path / "names.json"), kernel.maps)
+    again.put_pods([OURS])
+    assert set(table) == {"10.0.0.9", "10.0.0.200"}
+    again.put_world(World(), [OURS])
+    assert set(table) == {"10.0.0.200"}
+
+
+def test_a_cgroup_that_holds_the_pods_cannot_be_exempt(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pods, beside = tmp_path / "kubepods", tmp_path / "agent"
+    pods.mkdir()
+    beside.mkdir()
+    monkeypatch.setattr(kernels.cgroup, "of_pid", lambda pid: beside)
+    fine = NodeSettings(node_name="n", node_cgroup=str(tmp_path), pods_cgroup=str(pods))
+    assert kernels._settings_value(fine, 0, 1).exempt_cgroups == (beside.stat().st_ino,)
+    for field in ("ztunnel_cgroup", "agent_cgroup"):
+        settings = NodeSettings(
+            node_name="n", node_cgroup=str(tmp_path), pods_cgroup=str(pods), **{field: str(tmp_path)}
+        )
+        with pytest.raises(PlatformFault, match=field):
+            kernels._settings_value(settings, 0, 1)
