@@ -7,6 +7,7 @@ import random
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from msgspec.structs import replace
 
 from ztunnel.core import capture
 from ztunnel.core.decisions import Decisions, Waiting
@@ -149,6 +150,27 @@ def test_an_older_route_never_replaces_a_newer_one_until_the_control_process_is_
     assert questions == [AskRoute(source="uid", ip="10.9.9.9", port=80)]
     assert decisions.route(("uid", "10.9.9.9", 80)) is not None
     assert decisions.put_route(route(1)).generation == 1
+
+
+def test_a_control_process_that_knows_nothing_undoes_nothing_and_is_not_remembered():
+    decisions, mine = Decisions(), Holder()
+    decisions.put_route(route(5))
+    decisions.put_verdict(verdict(True, 5))
+    assert decisions.hold(VERDICT_KEY, "10.1.1.1", mine)
+    decisions.start_again()
+    lost = Route(source="uid", ip="10.9.9.9", port=80, generation=9, kind="refused", reason="not_synced")
+    assert decisions.put_route(lost).kind == "tcp"
+    empty = replace(verdict(False, 9), reason="not_synced")
+    assert decisions.put_verdict(empty)[0].verdict.allow and not mine.lost
+    # whoever asks for the first time is refused, and the next one asks again
+    assert decisions.put_route(replace(lost, ip="10.8.8.8")).kind == "refused"
+    assert decisions.route(("uid", "10.8.8.8", 80)) is None
+    other = replace(empty, port=81)
+    assert not decisions.put_verdict(other)[0].verdict.allow
+    assert decisions.verdict(("uid", "10.0.0.2", 81, "spiffe://a"), "10.1.1.1") is None
+    # what is decided when the World is back counts
+    decisions.put_verdict(verdict(False, 10))
+    assert len(mine.lost) == 1
 
 
 def test_a_new_control_process_is_asked_about_verdicts_with_an_address_that_was_asked_before():

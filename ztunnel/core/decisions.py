@@ -13,6 +13,9 @@ from typing import Final, Generic, Protocol, TypeVar
 from ztunnel.core.messages import AskRoute, AskVerdict, Route, Verdict
 
 KEPT_MAX: Final = 16384
+NOT_SYNCED: Final = "not_synced"
+"""The reason of an answer that knows nothing: it serves who waits, is not kept, and replaces nothing. A control
+process that was restarted while the control plane is away must not undo what its predecessor decided."""
 WAITING_MAX: Final = 8192
 
 A = TypeVar("A")
@@ -102,6 +105,8 @@ class Decisions:
         """Keep it, and return what holds now."""
         key = (route.source, route.ip, route.port)
         known = self._routes.get(key)
+        if route.reason == NOT_SYNCED:
+            return known or route
         if known is not None and known.generation > route.generation:
             return known
         if known is None and len(self._routes) >= self._kept_max:
@@ -123,6 +128,8 @@ class Decisions:
         """Keep it. Returns the decision that holds now and the connections, with their source addresses, whose
         verdict is not known any more (it used not to depend on the address and now does): ask for each."""
         key = (verdict.destination, verdict.destination_ip, verdict.port, verdict.identity)
+        if verdict.reason == NOT_SYNCED:
+            return self.verdict(key, verdict.source_ip or asked_ip) or Decision(verdict, asked_ip), []
         entry = self._verdicts.get(key)
         if entry is None:
             if len(self._verdicts) >= self._kept_max:
