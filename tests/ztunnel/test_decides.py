@@ -128,12 +128,17 @@ def test_a_hop_without_identities_is_never_used(path: Mesh):
     hop = path.route().hops[0]
     path.set_route(hops=(msgspec.structs.replace(hop, identities=()),))
     assert refused(path).error == "no_endpoint"
+    path.client.control.send(path.route(generation=2, hops=(msgspec.structs.replace(hop, authority=""),)))
+    path.client.control.send(m.AskConnections(number=1))
+    wait_until(lambda: path.client.control.connections, "the worker has read the new route")
+    assert refused(path).error == "no_endpoint"
 
 
-def test_traffic_to_outside_the_mesh_goes_as_plain_tcp(path: Mesh):
+@pytest.mark.parametrize("kind", ["tcp", "hbone"])
+def test_an_endpoint_outside_the_mesh_is_reached_by_plain_tcp(path: Mesh, kind: str):
     listener = path.b.listen(path.ip, 9090)
     hop = m.Hop(ip=path.ip, port=9090)
-    path.set_route(kind="tcp", hops=(hop,))
+    path.set_route(kind=kind, hops=(hop,))
     near = path.connect()
     far, address = listener.accept()
     assert address[0] == path.a.ip4

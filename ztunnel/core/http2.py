@@ -424,7 +424,7 @@ class Connection:
             length = word >> 8
             if not word & 0xFF and not flags & frames.PADDED and self._block is None:  # DATA
                 stream = self.streams.get(identifier)
-                if stream is not None and stream.receiving and length:
+                if stream is not None and stream.receiving and (length or flags & frames.END_STREAM):
                     if length > self.limits.frame_bytes:
                         raise _Fault(Code.FRAME_SIZE_ERROR, f"a frame of {length} bytes")
                     self._receive_window -= length
@@ -434,8 +434,9 @@ class Connection:
                     if stream.receive_window >= 0:
                         at += HEADER_BYTES
                         if length <= end - at:
-                            stream.owner.stream_data(data[at : at + length])
-                            at += length
+                            if length:
+                                stream.owner.stream_data(data[at : at + length])
+                                at += length
                             if flags & frames.END_STREAM and stream.remote_open:
                                 self._remote_end(stream)
                         else:

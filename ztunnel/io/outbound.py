@@ -107,13 +107,17 @@ class OutboundRelay(StreamRelay):
             self._refuse(f"{route.reason}: {route.message}" if route.message else route.reason or "refused")
             return
         hop = choose(route, self._captured.endpoint)
-        if hop is None or (route.kind == "hbone" and not (hop.identities and hop.authority and route.identity)):
+        # A service may have endpoints of both kinds: a hop with an authority is a tunnel and needs to prove who it is.
+        plain = hop is not None and not hop.authority and not hop.identities
+        if hop is None or not (
+            plain or (route.kind == "hbone" and hop.authority and hop.identities and route.identity)
+        ):
             self._refuse("no_endpoint")
             return
         self._route, self._hop = route, hop
-        account.protocol = route.kind
+        account.protocol = "tcp" if plain else "hbone"
         account.destination = hop.destination
-        if route.kind == "tcp":
+        if plain:
             self._go_plain(hop)
             return
         account.destination_address = hop.endpoint or hop.authority

@@ -8,6 +8,9 @@ import socket
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Final
 
+import msgspec
+
+from ambient.model.address import parse_ip
 from ambient.model.identity import Identity
 from ambient.node.messages import NETNS, Pod
 from ztunnel.core.drain import Drain, Phase
@@ -115,12 +118,17 @@ class Listener:
         self.close()
 
 
+def _canonical(pod: Pod) -> Pod:
+    """Addresses as sockets tell them. Raises ValueError."""
+    return msgspec.structs.replace(pod, addresses=tuple(str(parse_ip(address)) for address in pod.addresses))
+
+
 class PodState:
     """One enrolled pod. Owns its descriptors."""
 
     def __init__(self, worker: Worker, pod: Pod, fds: dict[str, int]) -> None:
         self.worker = worker
-        self.pod = pod
+        self.pod = _canonical(pod)
         self.netns = fds.pop(NETNS, -1)
         self.identity = str(Identity(pod.trust_domain, pod.namespace, pod.service_account))
         self.relays: set[Relay] = set()
@@ -143,7 +151,7 @@ class PodState:
         False, with nothing done, if it is somebody else by the same UID."""
         if self.gone or self.identity != str(Identity(pod.trust_domain, pod.namespace, pod.service_account)):
             return False
-        self.pod = pod
+        self.pod = _canonical(pod)
         for listener in self.listeners:
             listener.close()
         self.listeners.clear()

@@ -8,6 +8,7 @@ stops the reading of its socket.
 from __future__ import annotations
 
 import errno
+import os
 import socket
 from typing import TYPE_CHECKING, Final
 
@@ -26,6 +27,9 @@ if TYPE_CHECKING:
     from ztunnel.io.worker import Worker
 
 _READS_PER_TURN: Final = 8
+BATCH_FRAMES: Final = int(os.environ.get("BF", "64"))
+BATCH_BYTES: Final = int(os.environ.get("BB", "131072"))
+"""A turn's batch is cut here, so that the next process in the row need not wait for the whole of it."""
 POLICY_CHANGED: Final = "connection closed due to policy change"
 
 
@@ -53,6 +57,8 @@ class Relay:
         """The connection is over: once."""
         self.done = True
         self.pod.relays.discard(self)
+        if event == "closed" and not self.account.number:
+            event = "failed"  # it was never open
         self.worker.ledger.closed(self.account, self.worker.now(), event=event, flags=flags, error=error, policy=policy)
 
 
@@ -157,6 +163,11 @@ class StreamRelay(Relay):
                 self.account.received += count
             if not tunnel.scheduled:
                 tunnel.schedule()
+            tunnel.batch += 1
+            if tunnel.batch >= BATCH_FRAMES or connection.output.end >= BATCH_BYTES:
+                tunnel.flush()  # let the peer begin while we go on
+                if self.done:
+                    return
             if count < len(room):
                 return
 
