@@ -416,7 +416,7 @@ def test_a_hostile_tunnel_is_ended_with_goaway_and_other_tunnels_do_not_notice(p
                 for stream in range(1, 20001, 2)
             )
         case "garbage":
-            data = os.urandom(100_000)
+            data = b"\xff" + os.urandom(100_000)  # a frame of more than 16 MB
         case "continuation flood":
             data = frames.frame(frames.HEADERS, 0, 1, block) + frames.frame(frames.CONTINUATION, 0, 1, b"") * 10_000
         case _:
