@@ -1,0 +1,119 @@
+"""The C clients of the proofs: built once, run in pods, told what to do on standard input."""
+
+from __future__ import annotations
+
+import functools
+import json
+import os
+import subprocess
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from ambient.lab.driver import Background
+from tests.support.mesh import PORT, Mesh
+
+SOURCES = Path(__file__).resolve().parents[1] / "proof" / "clients"
+JIFFIES_PER_S = os.sysconf("SC_CLK_TCK")
+
+
+@functools.cache
+def built(name: str) -> str:
+    """The path of a client's program; compiled on first use, beside others' if they build at the same time."""
+    directory = Path(tempfile.gettempdir()) / f"ambient-proof-{os.getpid()}"
+    directory.mkdir(exist_ok=True)
+    program = directory / name
+    subprocess.run(
+        ["gcc", "-O2", "-Wall", "-Wextra", "-Werror", "-o", str(program), str(SOURCES / f"{name}.c")], check=True
+    )
+    return str(program)
+
+
+def load_server() -> list[str]:
+    """The command of a pod that answers `load drive`."""
+    return [built("load"), "serve", str(PORT)]
+
+
+class Load:
+    """Steady load from a pod; every connection is counted. See tests/proof/clients/load.c."""
+
+    def __init__(self, background: Background) -> None:
+        self._background = background
+
+    def say(self, command: str) -> None:
+        stdin = self._background.process.stdin
+        assert stdin is not None
+        stdin.write(command + "\n")
+        stdin.flush()
+
+    def mark(self) -> None:
+        self.say("mark")
+
+    def kill(self, pid: int, number: int = 9) -> None:
+        """The client itself signals the process, and times what comes from there."""
+        self.say(f"kill {pid} {number}")
+
+    def report(self, limit_s: float = 5.0) -> dict[str, Any]:
+        """What became of the connections since `mark` or `kill`."""
+        self.say("report")
+        return self._read(limit_s)
+
+    def finish(self, limit_s: float = 15.0) -> dict[str, Any]:
+        """End all connections and report the last window."""
+        self.say("finish")
+        return self._read(limit_s)
+
+    def await_ok(self, count: int, limit_s: float) -> dict[str, Any]:
+        """Wait until so many connections of the window succeeded; the report whatever it says after the limit."""
+        deadline = time.monotonic() + limit_s
+        while True:
+            found = self.report()
+            if found["ok"] >= count or time.monotonic() > deadline:
+                return found
+            time.sleep(0.05)
+
+    def await_since(self, since_s: float) -> dict[str, Any]:
+        """The report once the window is so old."""
+        while True:
+            found = self.report()
+            if found["since"] >= since_s * 1000:
+                return found
+            time.sleep(min(0.2, max(0.01, since_s - found["since"] / 1000)))
+
+    def _read(self, limit_s: float) -> dict[str, Any]:
+        found: dict[str, Any] = json.loads(self._background.await_output('{"since"', limit_s))
+        return found
+
+
+@contextmanager
+def load(
+    mesh: Mesh, namespace: str, client: str, host: str, port: int = 80, *, rate: int = 200, kept: int = 4
+) -> Iterator[Load]:
+    """Load from a pod while the body runs; begins when a first connection succeeded."""
+    command = [built("load"), "drive", host, str(port), str(rate), str(kept)]
+    with mesh.background(namespace, client, *command) as running:
+        found = Load(running)
+        first = found.await_ok(20, 10)
+        assert first["ok"] >= 20, first
+        yield found
+
+
+def started_at(pid: int) -> float:
+    """When a process began, in seconds of CLOCK_MONOTONIC, to a hundredth; OSError if there is none."""
+    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    boot_offset = time.clock_gettime(time.CLOCK_BOOTTIME) - time.monotonic()
+    return int(fields[19]) / JIFFIES_PER_S - boot_offset
+
+
+def children(pid: int) -> dict[int, str]:
+    """Direct children of a process and their short names."""
+    found = {}
+    for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split():
+        try:
+            found[int(child)] = Path(f"/proc/{child}/comm").read_text().strip()
+        except OSError:
+            continue
+    return found
