@@ -17,6 +17,8 @@ import msgspec
 MESSAGE_BYTES_MAX: Final = 16 * 1024 * 1024
 HOLD_S: Final = 10.0
 """How long a question waits for the first World before it is answered with reason ``not_synced``."""
+ORPHAN_S: Final = 5.0
+"""How long children whose parent died go on accepting: by then the next ztunnel serves the same listeners."""
 
 
 class AskRoute(msgspec.Struct, frozen=True, tag=True, kw_only=True):

@@ -156,7 +156,18 @@ class Control:
                 case _:
                     close_all(fds)
         _log.info("the parent is gone")
+        await self._outlive_parent()
         self._stop.set()
+
+    async def _outlive_parent(self) -> None:
+        """Answer the workers as long as they serve; names too, until a resolver of the next ztunnel is there."""
+        self._draining = True
+        began = time.monotonic()
+        while self._links and time.monotonic() - began < messages.ORPHAN_S:
+            await asyncio.sleep(TICK_S)
+        self._dns.close()
+        while self._links and time.monotonic() - began < messages.ORPHAN_S + self._settings.drain_s + FLUSH_S:
+            await asyncio.sleep(TICK_S)
 
     async def _put_pod(self, pod: node.Pod, names: tuple[str, ...], fds: tuple[int, ...]) -> str:
         """Returns what went wrong, or nothing."""

@@ -187,7 +187,10 @@ class OutboundRelay(StreamRelay):
         tunnel.slot.limit = max(1, min(STREAMS_MAX, connection.peer_streams))
         if not connection.can_open or len(connection.streams) >= tunnel.slot.limit:
             self.released()
-            self._again("the tunnel takes no more streams")
+            if connection.streams:  # others of a burst were before us: that is no failed attempt
+                self._checkout()
+            else:
+                self._again("the tunnel takes no more streams")
             return
         hop, route = self._hop, self._route
         assert hop is not None and route is not None

@@ -24,7 +24,7 @@ from ambient.io.bpf_maps import Maps
 from ambient.node import messages as node
 from ambient.settings import NodeSettings
 from ztunnel.core.hbone import Authorities, Requests
-from ztunnel.core.messages import Connections, ControlChannel, Events
+from ztunnel.core.messages import ORPHAN_S, Connections, ControlChannel, Events
 from ztunnel.core.output import BufferPool
 from ztunnel.core.pool import Pool
 from ztunnel.io.ledger import Ledger
@@ -35,6 +35,8 @@ from ztunnel.io.sockets import Expiring, Namespaces, Socket
 from ztunnel.io.tunnel import ClientTunnel, Tunnel
 
 TICK_S: Final = 1.0
+UNREADY_S: Final = 3.0
+"""How long a pod's connections wait in its listeners for the first certificate before they are accepted anyway."""
 _DRAIN_TICK_S: Final = 0.1
 _SOON_S: Final = 0.05
 _SCRATCH_BYTES: Final = 256 * 1024
@@ -268,7 +270,9 @@ class Worker:
         if self._stopping:
             state.begin_drain(self.now(), 0)
         else:
-            state.start()
+            # A worker that just began leaves new connections to those before it while it has no certificates.
+            self.link.credential(state.identity, lambda credential: state.start())
+            self.later(UNREADY_S, state.start)
 
     def remove_pod(self, uid: str, drain_s: float) -> None:
         pod = self.pods.get(uid)
@@ -311,8 +315,8 @@ class Worker:
         if packet is None:
             self.remove_reader(self._parent_fd)
             self._parent = None
-            self.log("warn", "the parent is gone; draining")
-            self.stop(self.settings.drain_s)
+            self.log("warn", "the parent is gone; serving on until the next ztunnel does")
+            self.later(ORPHAN_S, self.stop, self.settings.drain_s)
             return
         message, fds = packet
         self._handle(message, fds)
