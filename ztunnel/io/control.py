@@ -80,6 +80,9 @@ class Control:
         self._admin = Admin(settings, self)
         self._names: Names | None = None
         self._links: dict[int, WorkerLink] = {}
+        self._alone = asyncio.Event()
+        """No worker is connected."""
+        self._alone.set()
         self._serial = 0
         self._snapshot = False
         self._draining = False
@@ -162,12 +165,11 @@ class Control:
     async def _outlive_parent(self) -> None:
         """Answer the workers as long as they serve; names too, until a resolver of the next ztunnel is there."""
         self._draining = True
-        began = time.monotonic()
-        while self._links and time.monotonic() - began < messages.ORPHAN_S:
-            await asyncio.sleep(TICK_S)
-        self._dns.close()
-        while self._links and time.monotonic() - began < messages.ORPHAN_S + self._settings.drain_s + FLUSH_S:
-            await asyncio.sleep(TICK_S)
+        for limit_s in (messages.ORPHAN_S, self._settings.drain_s + FLUSH_S):
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(limit_s):
+                    await self._alone.wait()
+            self._dns.close()
 
     async def _put_pod(self, pod: node.Pod, names: tuple[str, ...], fds: tuple[int, ...]) -> str:
         """Returns what went wrong, or nothing."""
@@ -214,6 +216,7 @@ class Control:
         self._serial += 1
         link = await WorkerLink.open(number, pid, self._serial, fd)
         self._links[link.serial] = link
+        self._alone.clear()
         link.send(messages.LogLevel(level=self._level))
         self._spawn(self._serve_worker(link), f"worker {number}")
 
@@ -242,6 +245,8 @@ class Control:
     def _worker_gone(self, link: WorkerLink) -> None:
         if self._links.pop(link.serial, None) is None:
             return
+        if not self._links:
+            self._alone.set()
         link.close()
         self._decisions.forget_worker(link.serial)
         self._certificates.forget_worker(link.serial)

@@ -9,6 +9,7 @@
  *   mark              begin a window
  *   kill PID SIGNAL   begin a window and signal a process: the window's clock starts with the kill
  *   report            print the window as one JSON line; "before": what had begun earlier and failed since
+ *   wait COUNT MS     report as soon as COUNT connections of the window succeeded or it is so old
  *   finish            begin no more connections, and print the last report when all have ended
  *
  * Times are in milliseconds since the window's begin; "first_ok" is the first success among its connections.
@@ -38,6 +39,8 @@ struct outcome {
 static struct connection connections[CONNECTIONS_MAX];
 static struct outcome now_, before; /* of the current window, and of what began before it */
 static int window_, epoll_, finishing, open_count, kept_wanted, kept_open;
+static unsigned long wait_count;
+static uint64_t wait_until; /* 0: nobody waits */
 static unsigned long kept_requests, kept_lost, kept_opened;
 static uint64_t kept_slowest, serial;
 static struct sockaddr_storage target;
@@ -240,6 +243,8 @@ static void obey(char *line)
 			die("kill");
 	} else if (!strncmp(line, "report", 6)) {
 		report();
+	} else if (sscanf(line, "wait %lu %d", &wait_count, &number) == 2) {
+		wait_until = now_.begun + (uint64_t)number * 1000;
 	} else if (!strncmp(line, "finish", 6)) {
 		finishing = 1;
 	} else {
@@ -310,6 +315,10 @@ static int drive(double rate)
 		}
 		uint64_t now = now_us();
 		overdue(now);
+		if (wait_until && (now_.ok >= wait_count || now >= wait_until)) {
+			wait_until = 0;
+			report();
+		}
 		if (now > next + 1000000)
 			next = now; /* we were stopped: no burst afterwards */
 		while (!finishing && next <= now) {
