@@ -147,7 +147,7 @@ class Driver:
             process = subprocess.Popen(argv, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
             found = Capture(path)
             try:
-                _await_line(process.stderr, "listening on")
+                _Lines(process.stderr).wait("listening on")
                 yield found
                 found.settle()
             finally:
@@ -164,10 +164,11 @@ class Background:
 
     def __init__(self, process: subprocess.Popen[str]) -> None:
         self.process = process
+        self._lines = _Lines(process.stdout)
 
     def await_output(self, text: str, limit_s: float = 10.0) -> str:
         """The first line with ``text``. PlatformFault with what was printed instead."""
-        return _await_line(self.process.stdout, text, limit_s)
+        return self._lines.wait(text, limit_s)
 
 
 class Capture:
@@ -198,19 +199,32 @@ class Capture:
         return sum(port in s.ports for s in self.segments)
 
 
-def _await_line(stream: IO[str] | None, text: str, limit_s: float = 10.0) -> str:
-    assert stream is not None
-    deadline, seen = time.monotonic() + limit_s, ""
-    while time.monotonic() < deadline:
-        ready, _, _ = select.select((stream,), (), (), 0.2)
-        if ready:
-            line = stream.readline()
-            if text in line:
-                return line
-            if not line:
-                break
-            seen += line
-    raise PlatformFault(f"waited in vain for a line with {text!r}; there was {seen[-500:]!r}")
+class _Lines:
+    """Lines of a pipe; one that came together with another is not lost between two waits."""
+
+    def __init__(self, stream: IO[str] | None) -> None:
+        assert stream is not None
+        self._fd = stream.fileno()
+        self._rest = b""
+
+    def wait(self, text: str, limit_s: float = 10.0) -> str:
+        """The next line with ``text``. PlatformFault with what came instead."""
+        deadline, seen = time.monotonic() + limit_s, ""
+        while True:
+            line, newline, rest = self._rest.partition(b"\n")
+            if newline:
+                self._rest = rest
+                found = line.decode(errors="replace")
+                if text in found:
+                    return found
+                seen += found + "\n"
+                continue
+            ready, _, _ = select.select((self._fd,), (), (), max(0.0, deadline - time.monotonic()))
+            more = os.read(self._fd, 65536) if ready else b""
+            if not more:
+                said = seen[-500:] + line.decode(errors="replace")[-500:]
+                raise PlatformFault(f"waited in vain for a line with {text!r}; there was {said!r}")
+            self._rest += more
 
 
 def eventually(look: Callable[[], T], limit_s: float, what: str, pause_s: float = 0.1) -> T:
