@@ -134,8 +134,13 @@ class MeshedLab:
         rows = json.loads(self.driver.ambient("lab", "status", "--name", self.name, "-o", "json", check=False))
         return int(next(row["pid"] for row in rows if row["kind"] == "control") or 0)
 
-    def children(self, pid: int) -> list[int]:
-        return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+    def children(self, pid: int) -> dict[str, int]:
+        """Of a ztunnel: the name of each of its processes, and its ID."""
+        found = {}
+        for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split():
+            with contextlib.suppress(OSError):
+                found[Path(f"/proc/{child}/comm").read_text().strip()] = int(child)
+        return found
 
     def log(self, name: str) -> str:
         return self.driver.ambient("lab", "logs", "--name", self.name, name)

