@@ -165,17 +165,21 @@ class Supervisor:
             group.create_task(process.run(), name=process.name)
 
     async def _agent_answers(self, node: NodePlan) -> None:
-        """Wait for the CNI plugin's other end: without it no pod starts. One that never comes is the pods' to tell."""
-        path = str(mesh.files_of(node).run_dir / "cni.sock")
+        """Wait until the node's agent is ready: without it no pod starts. One that never is, is the pods' to tell."""
+        path = str(mesh.files_of(node).run_dir / "agent.sock")
         try:
             async with asyncio.timeout(_AGENT_S):
                 while True:
                     try:
-                        _, writer = await asyncio.open_unix_connection(path)
+                        reader, writer = await asyncio.open_unix_connection(path)
+                        writer.write(b"GET /ready HTTP/1.0\r\n\r\n")
+                        answer = await reader.read(64)
                         writer.close()
-                        return
+                        if b" 200 " in answer:
+                            return
                     except OSError:
-                        await asyncio.sleep(0.05)
+                        pass  # not there yet
+                    await asyncio.sleep(0.05)
         except TimeoutError:
             log.warning("%s: no agent after %.0f s: no pod of it will start; see the node's log", node.name, _AGENT_S)
 

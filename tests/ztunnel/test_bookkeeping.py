@@ -230,3 +230,15 @@ def test_a_drain_ends_when_nothing_is_open_or_at_the_earliest_deadline():
     assert drain.phase(10, 1) is Phase.ENDED
     drain.begin(2, 0)
     assert drain.phase(2, 5) is Phase.ENDED
+
+
+def test_what_is_kept_or_asked_for_again_is_not_forgotten_on_the_other_side() -> None:
+    """A pod left and came back before the control process was told to forget its decisions."""
+    decisions = Decisions()
+    for port in (1, 2, 3):
+        decisions.put_route(Route(source="uid", ip="10.0.0.1", port=port, generation=1, kind="tcp"))
+    decisions.forget_pod("uid")
+    decisions.put_route(Route(source="uid", ip="10.0.0.1", port=1, generation=2, kind="tcp"))
+    routes, verdicts = decisions.take_forgotten([("uid", "10.0.0.1", 2)], [])
+    assert routes == (("uid", "10.0.0.1", 3),) and verdicts == ()
+    assert decisions.take_forgotten([], []) == ((), ())

@@ -7,7 +7,7 @@ generation never replaces a newer one.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Container
 from typing import Final, Generic, Protocol, TypeVar
 
 from ztunnel.core.messages import AskRoute, AskVerdict, Route, Verdict
@@ -115,6 +115,24 @@ class Decisions:
             self.forgotten_routes.append(oldest)
         self._routes[key] = route
         return route
+
+    def take_forgotten(
+        self, open_routes: Container[object], open_verdicts: Container[object]
+    ) -> tuple[tuple[tuple[str, str, int], ...], tuple[tuple[str, str, int, str, str], ...]]:
+        """What was evicted and may be forgotten on the other side as well; the lists are empty then.
+
+        A key that is kept again, or asked for again, is not among them: to forget it would leave us with an answer
+        that nobody changes any more.
+        """
+        routes = tuple(key for key in self.forgotten_routes if key not in self._routes and key not in open_routes)
+        verdicts = tuple(
+            key
+            for key in self.forgotten_verdicts
+            if key[4] not in self._verdicts.get(key[:4], {}) and key not in open_verdicts
+        )
+        self.forgotten_routes.clear()
+        self.forgotten_verdicts.clear()
+        return routes, verdicts
 
     # --- verdicts ------------------------------------------------------------------------------------------
 

@@ -123,10 +123,8 @@ class Link:
         self._certificates.expire(now)
         decisions = self.decisions
         if decisions.forgotten_routes or decisions.forgotten_verdicts:
-            forget = m.Forget(routes=tuple(decisions.forgotten_routes), verdicts=tuple(decisions.forgotten_verdicts))
-            decisions.forgotten_routes.clear()
-            decisions.forgotten_verdicts.clear()
-            self.send(forget)
+            routes, verdicts = decisions.take_forgotten(self._routes.keys(), self._verdicts.keys())
+            self.send(m.Forget(routes=routes, verdicts=verdicts))
 
     # --- the stream ----------------------------------------------------------------------------------------
 
