@@ -64,6 +64,9 @@ class NodeSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_o
     log_level: str = "info"
     strict_means_off: bool = False
     """Mesh setting strictMeansOff: a STRICT workload never takes the same-node kernel path."""
+    heartbeat_timeout_s: int = 15
+    """Pods of a namespace that is open on failure are captured no more when the agent was silent for so long. A
+    restarted agent is back in two seconds. 0: never."""
     secret_ttl_s: int = 86400
     """Lifetime asked for workload certificates."""
 
@@ -75,6 +78,8 @@ class NodeSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_o
                 raise ValueError(f"cluster_ranges: {error}") from None
         if self.log_format not in ("text", "json"):
             raise ValueError(f"log_format: {self.log_format!r}: text or json")
+        if self.heartbeat_timeout_s != 0 and not 3 <= self.heartbeat_timeout_s <= 86400:
+            raise ValueError(f"heartbeat_timeout_s: {self.heartbeat_timeout_s}: 0, or 3 to 86400")
         if not 0 <= self.ztunnel_workers <= 8:
             raise ValueError(f"ztunnel_workers: {self.ztunnel_workers}: 0 to 8")
 

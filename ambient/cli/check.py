@@ -21,8 +21,12 @@ from pathlib import Path
 import click
 
 from ambient.cli.output import emit, output_option
-from ambient.errors import AmbientError
+from ambient.cli.target import LABS, NODE_CONFIG
+from ambient.datapath.layout import LAYOUT
+from ambient.errors import AmbientError, LayoutMismatch
 from ambient.io import bpf_links, bpffs, cgroup, kernel_headers
+from ambient.io.bpf_maps import Maps
+from ambient.settings import NodeSettings, read_settings
 
 KERNEL_FLOOR = (5, 15)
 OPEN_FILES_MIN = 65536
@@ -141,6 +145,34 @@ def lab_tools() -> Result:
     return _ok("ip, nft, tcpdump and kubectl are there")
 
 
+def nothing_bypassed() -> Result:
+    """Capture that an operator switched off on a node of this machine, in the kernel's own words."""
+    try:
+        nodes = [
+            read_settings(NodeSettings, path.read_text(), str(path))
+            for path in [NODE_CONFIG, *sorted(LABS.glob("*/nodes/*/node.yaml"))]
+            if path.exists()
+        ]
+        found = [f"{node.node_name} ({Path(node.run_dir)})" for node in nodes if _bypassed(node)]
+    except (AmbientError, OSError) as error:
+        return Result("warning", str(error), "run as root to see what the kernel holds")
+    if found:
+        return Result("warning", f"capture is switched off on {', '.join(found)}", "ambient bypass status")
+    return _ok("nothing is bypassed" if nodes else "no node runs here")
+
+
+def _bypassed(node: NodeSettings) -> bool:
+    """Whether anything of the node is; a node whose maps are not there bypasses nothing."""
+    try:
+        with Maps.open(node.bpffs_dir) as maps:
+            held = maps.settings
+            return (held is not None and held.mode == LAYOUT["MODE_BYPASS"]) or any(
+                value.flags & LAYOUT["ENROLLED_BYPASS"] for _, value in maps.enrolled.items()
+            )
+    except LayoutMismatch:
+        return False
+
+
 CHECKS: dict[str, tuple[tuple[str, Check], ...]] = {
     "kernel": (
         ("kernel is 5.15 or later", kernel_version),
@@ -155,6 +187,7 @@ CHECKS: dict[str, tuple[tuple[str, Check], ...]] = {
         ("no foreign cgroup program is in the way", foreign_programs),
     ),
     "limits": (("enough open files", open_files),),
+    "mesh": (("capture is on", nothing_bypassed),),
     "lab": (("tools of the lab are installed", lab_tools),),
 }
 

@@ -41,25 +41,13 @@ def read_names(settings: NodeSettings, maps: Maps) -> render.Names:
     """
     try:
         raw = json.loads((Path(settings.run_dir) / "names.json").read_text())
-        workloads = {int(number): short_workload(str(uid)) for number, uid in raw.get("workloads", {}).items()}
-        services = {int(number): short_service(str(key)) for number, key in raw.get("services", {}).items()}
+        workloads = {int(number): render.short_workload(str(uid)) for number, uid in raw.get("workloads", {}).items()}
+        services = {int(number): render.short_service(str(key)) for number, key in raw.get("services", {}).items()}
     except (OSError, ValueError, AttributeError):
         return render.Names()
     addresses = {address: workloads.get(value.workload, "") for address, value in maps.workloads.items()}
     addresses |= {key.vip: services.get(value.service, "") for key, value in maps.services.items()}
     return render.Names(workloads, services, addresses)
-
-
-def short_workload(uid: str) -> str:
-    """``cluster//Pod/namespace/name`` -> ``namespace/name``; other kinds stay as they are."""
-    return uid.partition("//Pod/")[2] or uid
-
-
-def short_service(key: str) -> str:
-    """``namespace/name.namespace.svc.domain`` -> ``namespace/name``."""
-    namespace, _, hostname = key.partition("/")
-    name, separator, _ = hostname.partition(f".{namespace}.svc.")
-    return f"{namespace}/{name}" if separator else key
 
 
 def overview(settings: NodeSettings) -> list[Row]:

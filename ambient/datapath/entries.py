@@ -21,6 +21,7 @@ LOCAL = LAYOUT["WORKLOAD_LOCAL"]
 WAYPOINT = LAYOUT["WORKLOAD_WAYPOINT"]
 ALLOW_ANY = LAYOUT["WORKLOAD_ALLOW_ANY"]
 OPEN = LAYOUT["WORKLOAD_OPEN"]
+BYPASS = LAYOUT["WORKLOAD_BYPASS"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,6 +34,8 @@ class LocalPod:
     enrolled: bool
     open: bool = False
     """Not captured any more once the agent's heartbeat has stopped."""
+    bypass: bool = False
+    """Not captured: an operator said so."""
 
 
 class _Policies:
@@ -78,7 +81,7 @@ def local_workloads(world: World, pods: Iterable[LocalPod], numbers: Numbers) ->
         known = world.workloads.get(pod.workload_uid)
         flags = LOCAL | (_flags(known, policies) if known else 0)
         if pod.enrolled:
-            flags |= ENROLLED | (OPEN if pod.open else 0)
+            flags |= ENROLLED | (OPEN if pod.open else 0) | (BYPASS if pod.bypass else 0)
         for address in pod.addresses:
             found[address] = WorkloadValue(numbers.of(pod.workload_uid), flags, pod.generation)
     return found

@@ -38,6 +38,18 @@ class Names:
         return self.addresses.get(address, "")
 
 
+def short_workload(uid: str) -> str:
+    """``cluster//Pod/namespace/name`` -> ``namespace/name``; other kinds stay as they are."""
+    return uid.partition("//Pod/")[2] or uid
+
+
+def short_service(key: str) -> str:
+    """``namespace/name.namespace.svc.domain`` -> ``namespace/name``."""
+    namespace, _, hostname = key.partition("/")
+    name, separator, _ = hostname.partition(f".{namespace}.svc.")
+    return f"{namespace}/{name}" if separator else key
+
+
 def flag_names(prefix: str, flags: int) -> tuple[str, ...]:
     """Names of the set bits of ``PREFIX_*``, lower case; unknown bits as a number."""
     names = {

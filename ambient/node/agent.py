@@ -18,6 +18,8 @@ from collections.abc import Awaitable, Callable, Mapping
 from pathlib import Path
 from typing import Any, Final
 
+import msgspec
+
 from ambient.datapath.layout import LAYOUT
 from ambient.errors import AmbientError, ConfigFault
 from ambient.io import bpf_links, logs
@@ -33,6 +35,7 @@ from ambient.node import kernel as kernels
 from ambient.node import servers
 from ambient.node.holder_client import HolderClient
 from ambient.node.kernel import Kernel
+from ambient.node.operations import operations
 from ambient.node.pods import Pods
 from ambient.node.records import Names, Records
 from ambient.node.sandboxes import Sandboxes
@@ -99,7 +102,9 @@ class Agent:
 
     async def run(self) -> None:
         servers_up = [await servers.serve_cni(self._run_dir / "cni.sock", Sandboxes(self._pods).answer)]
-        status = await servers.serve_status(self._run_dir / "agent.sock", self.status, self.not_ready)
+        status = await servers.serve_status(
+            self._run_dir / "agent.sock", self.status, self.not_ready, operations(self._pods)
+        )
         try:
             async with asyncio.TaskGroup() as tasks:
                 tasks.create_task(self._again("api", self._watch))
@@ -237,6 +242,7 @@ class Agent:
             "api": {"synced": self._pods.synced},
             "complete": kernel is not None and kernel.complete,
             "pods": self._pods.status(),
+            "bypass": msgspec.to_builtins(self._pods.bypass()),
             "counters": self._pods.counters | {"entries_refused": kernel.refused if kernel else 0},
             "programs": [],
             "maps": {},

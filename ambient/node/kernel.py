@@ -15,7 +15,7 @@ from collections.abc import Callable, Collection, Iterable
 from pathlib import Path
 from typing import Any, Final, TypeVar
 
-from ambient.datapath import entries
+from ambient.datapath import entries, render
 from ambient.datapath.entries import LocalPod
 from ambient.datapath.layout import LAYOUT
 from ambient.datapath.plan import Plan, plan
@@ -32,8 +32,6 @@ from ambient.model.world import World
 from ambient.node.records import Names
 from ambient.settings import NodeSettings
 
-HEARTBEAT_TIMEOUT_S: Final = 15
-"""A restarted agent is back in two seconds; after so long pods that ask for it are captured no more."""
 LOADER_S: Final = 180.0
 """Compiling takes seconds; minutes on a busy small machine."""
 _KINDS: Final = (
@@ -109,8 +107,20 @@ def _settings_value(settings: NodeSettings, mode: int, generation: int) -> Setti
         kubelet_cgroups=tuple(cgroup.cgroup_id(path) for path in settings.kubelet_cgroups),
         cluster_ranges=tuple(network_range(text) for text in settings.cluster_ranges),
         mode=mode,
-        heartbeat_timeout_s=HEARTBEAT_TIMEOUT_S,
+        heartbeat_timeout_s=settings.heartbeat_timeout_s,
     )
+
+
+def listener_fds(address: str, fds: dict[str, int]) -> list[tuple[int, int]]:
+    """Kind and descriptor of the listeners for a pod's address. Raises PlatformFault if one is not there."""
+    family = "6" if ":" in address else "4"
+    found = []
+    for name, kind in _KINDS:
+        if name + family in fds:
+            found.append((kind, fds[name + family]))
+        elif name != "outbound":
+            raise PlatformFault(f"the pod has address {address} but no listener {name}{family}")
+    return found
 
 
 class Kernel:
@@ -145,6 +155,49 @@ class Kernel:
             self._settings, heartbeat_ns=time.monotonic_ns(), complete=int(self.complete)
         )
         self.maps.settings = self._settings
+
+    @property
+    def settings(self) -> SettingsValue:
+        """What `settings` shall hold, but for the heartbeat."""
+        return self._settings
+
+    def names(self) -> render.Names:
+        """The numbers' names, as the command line shows them."""
+        return render.Names(
+            {n: render.short_workload(uid) for n, uid in self._names.workloads.names().items()},
+            {n: render.short_service(key) for n, key in self._names.services.names().items()},
+        )
+
+    def wanted(self, pods: Iterable[LocalPod]) -> dict[str, dict[Any, Any]]:
+        """What the maps that follow the World shall hold, computed anew, by the name of the map."""
+        local = entries.local_workloads(self._world or World(), pods, self._names.workloads)
+        if self._world is None:
+            kept = {a: v for a, v in self._workloads.items() if not v.flags & entries.LOCAL}
+            return {"workloads": kept | local, "services": dict(self._services)}
+        return {
+            "workloads": entries.remote_workloads(self._world, self._node, self._names.workloads) | local,
+            "services": entries.services(self._world, self._names.services),
+        }
+
+    def resync(self, pods: Collection[LocalPod]) -> None:
+        """Forget what was written, look at what is there, and write what differs."""
+        self._workloads = dict(self.maps.workloads.items())
+        self._services = dict(self.maps.services.items())
+        if self._world is None:
+            self.put_pods(pods)
+        else:
+            self.put_world(self._world, pods)
+        self.beat()
+
+    @property
+    def bypassed(self) -> bool:
+        """Whether nothing on this node is captured."""
+        return self._settings.mode == LAYOUT["MODE_BYPASS"]
+
+    def set_bypass(self, on: bool) -> None:
+        """Capture nothing on this node, or capture again. Connections that are open stay as they are."""
+        self._settings = dataclasses.replace(self._settings, mode=LAYOUT["MODE_BYPASS" if on else "MODE_CAPTURE"])
+        self.beat()
 
     # --- the World and the addresses of this node's pods
 
@@ -201,27 +254,30 @@ class Kernel:
     def put_listeners(self, addresses: Iterable[str], fds: dict[str, int]) -> None:
         """Tell sk_lookup the pod's listeners. Raises PlatformFault or BpfFault."""
         for address in addresses:
-            family = "6" if ":" in address else "4"
-            for name, kind in _KINDS:
-                if name + family in fds:
-                    self.maps.listeners.put(address, kind, fds[name + family])
-                elif name != "outbound":
-                    raise PlatformFault(f"the pod has address {address} but no listener {name}{family}")
+            for kind, fd in listener_fds(address, fds):
+                self.maps.listeners.put(address, kind, fd)
 
     def remove_listeners(self, addresses: Iterable[str]) -> None:
         for address in addresses:
             for _, kind in _KINDS:
                 self.maps.listeners.delete(address, kind)
 
-    def put_enrolled(self, cookie: int, addresses: Iterable[str], workload_uid: str, open_on_failure: bool) -> None:
+    def enrolled_value(
+        self, addresses: Iterable[str], workload_uid: str, open_on_failure: bool, bypass: bool
+    ) -> EnrolledValue:
         found = list(addresses)
-        value = EnrolledValue(
+        open_flag, bypass_flag = LAYOUT["ENROLLED_OPEN"], LAYOUT["ENROLLED_BYPASS"]
+        return EnrolledValue(
             next((a for a in found if ":" not in a), ""),
             next((a for a in found if ":" in a), ""),
             self.number(workload_uid),
-            flags=LAYOUT["ENROLLED_OPEN"] if open_on_failure else 0,
+            flags=(open_flag if open_on_failure else 0) | (bypass_flag if bypass else 0),
         )
-        self.maps.put_enrolled(cookie, value)
+
+    def put_enrolled(
+        self, cookie: int, addresses: Iterable[str], workload_uid: str, open_on_failure: bool, bypass: bool
+    ) -> None:
+        self.maps.put_enrolled(cookie, self.enrolled_value(addresses, workload_uid, open_on_failure, bypass))
 
     def remove_enrolled(self, cookie: int) -> None:
         self.maps.enrolled.delete(cookie)

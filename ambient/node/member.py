@@ -62,7 +62,19 @@ class Member:
         record = self.record
         if record.gone or not record.addresses or not record.generation:
             return None
-        return LocalPod(self.workload_uid, record.addresses, record.generation, self.addressed, record.open_on_failure)
+        return LocalPod(
+            self.workload_uid,
+            record.addresses,
+            record.generation,
+            self.addressed,
+            open=record.open_on_failure,
+            bypass=record.bypass,
+        )
+
+    def enrolled_as(self) -> tuple[tuple[str, ...], str, bool, bool]:
+        """Addresses, workload, open on failure, bypassed: what `Kernel.put_enrolled` takes."""
+        record = self.record
+        return record.addresses, self.workload_uid, record.open_on_failure, record.bypass
 
     def message(self, number: int) -> m.Pod:
         record = self.record
@@ -136,8 +148,7 @@ class MemberSteps:
 
     async def put_enrolled(self) -> None:
         member = self._member
-        record = member.record
-        self._kernel.put_enrolled(member.cookie, record.addresses, member.workload_uid, record.open_on_failure)
+        self._kernel.put_enrolled(member.cookie, *member.enrolled_as())
 
     async def annotate(self, enabled: bool) -> None:
         await self._annotate(self._member, enabled)

@@ -25,7 +25,7 @@ from ambient.node.holder_client import Handle, HolderClient
 from ambient.node.kernel import Kernel
 from ambient.node.listeners import Refused
 from ambient.node.member import Member, MemberSteps
-from ambient.node.records import Record, Records
+from ambient.node.records import Bypass, Record, Records
 from ambient.settings import NodeSettings
 
 AUDIT_S: Final = 30.0
@@ -117,6 +117,7 @@ class Pods:
     async def restore(self, kernel: Kernel, holder: HolderClient, snapshot: dict[str, Handle]) -> None:
         """Take up what an earlier agent left: in the kernel, with the holder, in agent.json. Then operate."""
         self.kernel, self.holder = kernel, holder
+        await self.apply_bypass()
         for uid, handle in (snapshot | self._late).items():
             self._adopt(uid, handle)
         self._late.clear()
@@ -133,7 +134,7 @@ class Pods:
                     member.state = "enrolled"
                 except (AmbientError, Refused, OSError) as error:
                     log.warning("pod %s: %s", member.title, error)
-        self._remove_strangers(kernel)
+        self.remove_strangers(kernel)
         self.records.save()
         self.operating.set()
         for member in self.members.values():
@@ -163,7 +164,7 @@ class Pods:
         if (member := self.members.get(handle.pod.uid)) is not None:
             self.kick(member)
 
-    def _remove_strangers(self, kernel: Kernel) -> None:
+    def remove_strangers(self, kernel: Kernel) -> None:
         """Attachments and entries of pods that nobody remembers."""
         known = {x.record.uid for x in self.members.values() if x.handle is not None}
         cookies = {x.cookie for x in self.members.values() if x.handle is not None}
@@ -299,6 +300,38 @@ class Pods:
         changed, member.record.open_on_failure = wanted != member.record.open_on_failure, wanted
         return changed
 
+    def bypass(self) -> Bypass:
+        """What an operator switched off; where nobody ever said anything, what the kernel holds."""
+        known = self.records.bypass
+        if known is None:
+            return Bypass(node=self.kernel is not None and self.kernel.bypassed)
+        return known
+
+    async def set_bypass(self, on: bool, namespace: str) -> None:
+        """Switch capture off or on again, at once, for the node or (``namespace``) for its pods there. Remembered."""
+        self.records.bypass = self.bypass().switched(on, namespace)
+        where = f"namespace {namespace}" if namespace else "this node"
+        log.warning("capture of %s: %s by the operator", where, "switched off" if on else "back to normal")
+        self.records.save()
+        await self.apply_bypass()
+
+    async def apply_bypass(self) -> None:
+        """Write into the kernel what is remembered. Raises AmbientError."""
+        if self.kernel is None:
+            return
+        if self.records.bypass is not None and self.kernel.bypassed != self.records.bypass.node:
+            self.kernel.set_bypass(self.records.bypass.node)
+        for member in self.members.values():
+            if self.take_bypass(member) and member.state == "enrolled":
+                await self.steps(member).put_enrolled()
+        self.addresses_changed()
+
+    def take_bypass(self, member: Member) -> bool:
+        """Note whether the pod's namespace is bypassed. True if that is something else than before."""
+        wanted = member.record.namespace in self.bypass().namespaces
+        changed, member.record.bypass = wanted != member.record.bypass, wanted
+        return changed
+
     def _istio_cni_here(self) -> bool:
         key, value = ISTIO_CNI
         return any(
@@ -378,7 +411,7 @@ class Pods:
             return
         try:
             self.check(member)
-            changed = self.take_on_failure(member)
+            changed = self.take_on_failure(member) | self.take_bypass(member)
             if member.state != "enrolled" or member.handle is None or not member.handed:
                 await self.join(member)
             elif changed:

@@ -34,13 +34,30 @@ class Record(msgspec.Struct, kw_only=True):
     """Enrolled, or on the way in or out: there may be listeners, entries and attachments."""
     open_on_failure: bool = False
     """Its namespace asks for `ambient.mesh/on-failure: open`."""
+    bypass: bool = False
+    """An operator switched its namespace's capture off."""
     gone: bool = False
     """DEL came; kept until the API says so too, so that its address is not believed to be the pod's."""
+
+
+class Bypass(msgspec.Struct, kw_only=True, frozen=True):
+    """Where an operator switched capture off: on the whole node, or for pods of some namespaces."""
+
+    node: bool = False
+    namespaces: tuple[str, ...] = ()
+
+    def switched(self, on: bool, namespace: str) -> Bypass:
+        """``namespace`` empty: the node. Switching the node back does not touch namespaces."""
+        if not namespace:
+            return Bypass(node=on, namespaces=self.namespaces)
+        others = {n for n in self.namespaces if n != namespace}
+        return Bypass(node=self.node, namespaces=tuple(sorted(others | {namespace} if on else others)))
 
 
 class _State(msgspec.Struct, kw_only=True):
     pods: list[Record] = []
     last_generation: int = 0
+    bypass: Bypass | None = None
 
 
 class _Names(msgspec.Struct, kw_only=True):
@@ -78,6 +95,8 @@ class Records:
         self._path = path
         state, self.problem = _read(path, _State)
         self.pods = {record.uid: record for record in state.pods}
+        self.bypass = state.bypass
+        """None: nobody ever said, what the kernel holds stands."""
         self._last_generation = state.last_generation
 
     def next_generation(self, now_ns: int) -> int:
@@ -86,7 +105,8 @@ class Records:
         return self._last_generation
 
     def save(self) -> None:
-        write_atomically(self._path, _State(pods=list(self.pods.values()), last_generation=self._last_generation))
+        state = _State(pods=list(self.pods.values()), last_generation=self._last_generation, bypass=self.bypass)
+        write_atomically(self._path, state)
 
 
 class Names:

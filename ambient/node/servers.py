@@ -6,13 +6,14 @@ import asyncio
 import contextlib
 import logging
 import os
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Mapping
 from pathlib import Path
 from typing import Any, Final
 
 import msgspec
 from aiohttp import web
 
+from ambient.errors import AmbientError
 from ambient.node import cni
 
 READ_S: Final = 10.0
@@ -55,8 +56,30 @@ async def _answer(reader: asyncio.StreamReader, decide: Callable[[cni.Request], 
     return await decide(request) if isinstance(request, cni.Request) else request
 
 
-async def serve_status(path: Path, status: Callable[[], dict[str, Any]], ready: Callable[[], str]) -> web.AppRunner:
-    """GET /status (JSON) and /ready (200, or 503 with the reason that ``ready`` gives)."""
+Operation = Callable[[dict[str, str]], Awaitable[Any]]
+"""A request's query -> the answer, JSON. An AmbientError becomes a 503, a ValueError a 400, with their words."""
+
+
+async def serve_status(
+    path: Path,
+    status: Callable[[], dict[str, Any]],
+    ready: Callable[[], str],
+    operations: Mapping[tuple[str, str], Operation] = {},
+) -> web.AppRunner:
+    """GET /status (JSON) and /ready (200, or 503 with the reason that ``ready`` gives), and ``operations`` by
+    method and path."""
+
+    def answering(operation: Operation) -> Callable[[web.Request], Awaitable[web.StreamResponse]]:
+        async def answer(request: web.Request) -> web.StreamResponse:
+            try:
+                found = await operation(dict(request.query))
+            except ValueError as error:
+                return web.Response(text=f"{error}\n", status=400)
+            except (AmbientError, OSError) as error:
+                return web.Response(text=f"{error}\n", status=503)
+            return web.Response(body=msgspec.json.encode(found), content_type="application/json")
+
+        return answer
 
     async def get_status(_: web.Request) -> web.Response:
         return web.Response(body=msgspec.json.encode(status()), content_type="application/json")
@@ -67,6 +90,7 @@ async def serve_status(path: Path, status: Callable[[], dict[str, Any]], ready: 
 
     app = web.Application()
     app.add_routes([web.get("/status", get_status), web.get("/ready", get_ready)])
+    app.add_routes([web.route(method, where, answering(run)) for (method, where), run in operations.items()])
     runner = web.AppRunner(app, access_log=None)
     await runner.setup()
 
