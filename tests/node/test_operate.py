@@ -33,10 +33,12 @@ async def node() -> AsyncIterator[RealNode]:
 
 async def ask(node: RealNode, method: str, path: str) -> tuple[int, Any]:
     connector = aiohttp.UnixConnector(str(node.run_dir / "agent.sock"))
-    async with aiohttp.ClientSession(connector=connector) as session:
-        async with session.request(method, f"http://agent{path}") as response:
-            text = await response.text()
-            return response.status, json.loads(text) if response.status == 200 else text
+    async with (
+        aiohttp.ClientSession(connector=connector) as session,
+        session.request(method, f"http://agent{path}") as response,
+    ):
+        text = await response.text()
+        return response.status, json.loads(text) if response.status == 200 else text
 
 
 async def test_bypass_of_a_namespace_touches_its_pods_only_and_outlives_the_agent(node: RealNode) -> None:
