@@ -27,11 +27,24 @@ _ROWS: dict[str, Callable[[Maps, render.Names], list[Row]]] = {
     "redirects": lambda m, n: render.redirects(m.redirects.items(), n, time.monotonic_ns()),
     "authorized": lambda m, n: render.authorized(m.authorized.items(), n, time.monotonic_ns()),
     "origins": lambda m, n: render.origins(m.origins.items(), n),
+    "endpoints": lambda m, n: render.endpoints(m.endpoints.items(), n),
+    "verdicts": lambda m, n: render.verdicts(m.verdicts.items(), n),
+    "flows": lambda m, n: render.flows(m.flows.items(), n, time.monotonic_ns()),
+    "sockets": lambda m, n: render.sockets(m.sockets.items(), n),
     "listeners": lambda m, n: render.listeners(m.listeners.items(), n),
     "counters": lambda m, _: render.counters(m.counters()),
     "settings": lambda m, _: render.settings(m.settings, time.monotonic_ns()),
 }
-_NOT_IN_TABLE = {"redirects": ("cookie",), "authorized": ("generation",), "listeners": ("socket_cookie",)}
+_NOT_LISTABLE = {
+    "pending": "lives in sockets and cannot be listed",
+    "events": "is a ring buffer that is consumed, not listed",
+}
+_NOT_IN_TABLE = {
+    "redirects": ("cookie",),
+    "authorized": ("generation",),
+    "listeners": ("socket_cookie",),
+    "flows": ("generation",),
+}
 
 
 def read_names(settings: NodeSettings, maps: Maps) -> render.Names:
@@ -43,11 +56,13 @@ def read_names(settings: NodeSettings, maps: Maps) -> render.Names:
         raw = json.loads((Path(settings.run_dir) / "names.json").read_text())
         workloads = {int(number): render.short_workload(str(uid)) for number, uid in raw.get("workloads", {}).items()}
         services = {int(number): render.short_service(str(key)) for number, key in raw.get("services", {}).items()}
+        identities = {int(number): str(name) for number, name in raw.get("identities", {}).items()}
+        policies = {int(number): str(name) for number, name in raw.get("policies", {}).items()}
     except (OSError, ValueError, AttributeError):
         return render.Names()
     addresses = {address: workloads.get(value.workload, "") for address, value in maps.workloads.items()}
     addresses |= {key.vip: services.get(value.service, "") for key, value in maps.services.items()}
-    return render.Names(workloads, services, addresses)
+    return render.Names(workloads, services, addresses, identities, policies)
 
 
 def overview(settings: NodeSettings) -> list[Row]:
@@ -61,7 +76,7 @@ def overview(settings: NodeSettings) -> list[Row]:
                 entries = (
                     len(_ROWS[name](maps, render.Names())) if name == "counters" else int(maps.settings is not None)
                 )
-            elif table is not None:
+            elif table is not None and name != "events":
                 entries = len(table.list_keys())
             limit = table.info.max_entries if table is not None else None
             rows.append(
@@ -106,7 +121,7 @@ def maps(name: str | None, raw: bool, target: Target, output: str) -> None:
         emit([row for node in nodes for row in overview(node)], output, ("node", "name", "entries", "limit", "what"))
         return
     if name not in _ROWS:
-        rule = "lives in sockets and cannot be listed" if name == "pending" else f"is none of {', '.join(_ROWS)}"
+        rule = _NOT_LISTABLE.get(name, f"is none of {', '.join(_ROWS)}")
         raise ConfigFault("map", name, rule)
     rows: list[Row] = []
     for node in nodes:

@@ -5,7 +5,7 @@ Pure: entries and a table of names in, rows out. A number without a name is show
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Container, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -30,6 +30,8 @@ class Names:
     workloads: Mapping[int, str] = field(default_factory=dict)
     services: Mapping[int, str] = field(default_factory=dict)
     addresses: Mapping[str, str] = field(default_factory=dict)
+    identities: Mapping[int, str] = field(default_factory=dict)
+    policies: Mapping[int, str] = field(default_factory=dict)
 
     def workload(self, number: int) -> str:
         return self.workloads.get(number, "")
@@ -50,12 +52,25 @@ def short_service(key: str) -> str:
     return f"{namespace}/{name}" if separator else key
 
 
-def flag_names(prefix: str, flags: int) -> tuple[str, ...]:
+ACCELERATIONS = {
+    LAYOUT["ACCELERATION_OFF"]: "off",
+    LAYOUT["ACCELERATION_DIRECT"]: "direct",
+    LAYOUT["ACCELERATION_REDIRECT"]: "redirect",
+}
+NOT_FLOW_FLAGS = ("FLOW_NATIVE", "FLOW_REDIRECT")
+"""Constants that begin like the flags of a flow and are states of one end."""
+
+
+def flag_names(prefix: str, flags: int, without: Container[str] = ()) -> tuple[str, ...]:
     """Names of the set bits of ``PREFIX_*``, lower case; unknown bits as a number."""
     names = {
         value: name.removeprefix(prefix).lower()
         for name, value in LAYOUT.constants.items()
-        if name.startswith(prefix) and not name.endswith("_MAX") and value and not value & (value - 1)
+        if name.startswith(prefix)
+        and name not in without
+        and not name.endswith("_MAX")
+        and value
+        and not value & (value - 1)
     }
     known = tuple(names[bit] for bit in sorted(names) if flags & bit)
     rest = flags & ~sum(names)
@@ -79,6 +94,7 @@ def enrolled(entries: Iterable[tuple[int, v.EnrolledValue]], names: Names) -> li
             "flows": e.flows,
             "flows_max": e.flows_max,
             "refused": e.refused,
+            "identity": names.identities.get(e.identity) or e.identity,
             "flags": flag_names("ENROLLED_", e.flags),
         }
         for cookie, e in sorted(entries)
@@ -103,11 +119,82 @@ def services(entries: Iterable[tuple[v.ServiceKey, v.ServiceValue]], names: Name
             "vip": key.vip,
             "port": key.port,
             "service": names.services.get(e.service, "") or e.service,
+            "endpoints": e.endpoints,
             "flags": flag_names("WORKLOAD_", e.flags),
         }
         for key, e in entries
     ]
     return sorted(rows, key=lambda row: (str(row["vip"]), int(str(row["port"]))))
+
+
+def endpoints(entries: Iterable[tuple[v.EndpointKey, v.EndpointValue]], names: Names) -> list[Row]:
+    rows = [
+        {
+            "service": names.services.get(key.service, "") or key.service,
+            "port": key.port,
+            "slot": key.slot,
+            "endpoint": socket_text(e.address, e.port),
+            "workload": names.workload(e.workload) or e.workload,
+        }
+        for key, e in entries
+    ]
+    return sorted(rows, key=lambda row: (str(row["service"]), row["port"], row["slot"]))
+
+
+def verdicts(entries: Iterable[tuple[v.VerdictKey, v.VerdictValue]], names: Names) -> list[Row]:
+    """``port`` is * for every port without a row of its own."""
+    rows = [
+        {
+            "source": names.identities.get(key.identity) or key.identity,
+            "destination": names.workload(key.workload) or key.workload,
+            "port": key.port or "*",
+            "verdict": "allow" if e.allow else "deny",
+            "policy": names.policies.get(e.policy) or e.policy or "",
+            "generation": e.generation,
+        }
+        for key, e in entries
+    ]
+    return sorted(rows, key=lambda row: (str(row["destination"]), str(row["source"]), str(row["port"])))
+
+
+def flows(entries: Iterable[tuple[v.TupleKey, v.FlowValue]], names: Names, now_ns: int) -> list[Row]:
+    """Native bytes are known to the map when an end has closed; of a live flow the sockets have to be asked."""
+    rows = [
+        {
+            "source": names.workload(e.source) or e.source,
+            "destination": names.workload(e.destination) or e.destination,
+            "client": socket_text(key.remote, key.remote_port),
+            "server": socket_text(key.local, key.local_port),
+            "original": socket_text(e.original, e.original_port),
+            "identity": names.identities.get(e.identity) or e.identity,
+            "policy": names.policies.get(e.policy) or e.policy or "",
+            "acceleration": ACCELERATIONS.get(e.acceleration, str(e.acceleration)),
+            "sent_native": e.client.native_bytes,
+            "sent_redirected": e.client.redirect_bytes,
+            "received_native": e.server.native_bytes,
+            "received_redirected": e.server.redirect_bytes,
+            "switches": e.client.switches + e.server.switches,
+            "state": _flow_state(e),
+            "flags": flag_names("FLOW_", e.flags, NOT_FLOW_FLAGS),
+            "generation": e.generation,
+            "age_s": round((now_ns - e.created_ns) / 1e9, 1),
+        }
+        for key, e in entries
+    ]
+    return sorted(rows, key=lambda row: float(str(row["age_s"])))
+
+
+def _flow_state(flow: v.FlowValue) -> str:
+    closed = LAYOUT["END_CLOSED"]
+    if flow.client.flags & closed:
+        return "closed" if flow.server.flags & closed or not flow.server.cookie else "client closed"
+    if not flow.server.cookie:
+        return "handshake"
+    return "server closed" if flow.server.flags & closed else "open"
+
+
+def sockets(entries: Iterable[tuple[v.TupleKey, int]], names: Names) -> list[Row]:
+    return [{**_tuple(key, names), "socket_cookie": cookie} for key, cookie in entries]
 
 
 def redirects(entries: Iterable[tuple[v.RedirectKey, v.RedirectValue]], names: Names, now_ns: int) -> list[Row]:
@@ -187,11 +274,19 @@ def settings(value: v.SettingsValue | None, now_ns: int) -> list[Row]:
         {"setting": "generation", "value": value.generation},
         {"setting": "heartbeat_age_s", "value": round((now_ns - value.heartbeat_ns) / 1e9, 1)},
         {"setting": "heartbeat_timeout_s", "value": value.heartbeat_timeout_s},
+        {"setting": "acceleration", "value": capability_names(value.acceleration)},
+        {"setting": "high_bytes", "value": value.high_bytes},
         {"setting": "exempt_cgroups", "value": value.exempt_cgroups},
         {"setting": "kubelet_cgroups", "value": value.kubelet_cgroups},
         {"setting": "cluster_ranges", "value": tuple(range_text(r) for r in value.cluster_ranges)},
     ]
     return rows
+
+
+def capability_names(bits: int) -> tuple[str, ...]:
+    """What the self-tests found: of settings.acceleration."""
+    known = {LAYOUT["CAN_REDIRECT"]: "can_redirect", LAYOUT["AUTO_REDIRECT"]: "auto_redirect"}
+    return tuple(name for bit, name in known.items() if bits & bit)
 
 
 def range_text(value: v.Range) -> str:

@@ -36,7 +36,8 @@ def address_bytes(text: str) -> bytes:
     return packed16(parse_ip(text)) if text else _NO_ADDRESS
 
 
-def _format(struct_name: str) -> str:
+def _format(struct_name: str, whole: frozenset[str] = frozenset()) -> str:
+    """Fields of the structs in ``whole`` stay bytes, to be read by their own class."""
     out = ""
     for field in LAYOUT.structs[struct_name].fields:
         if field.is_padding:
@@ -45,6 +46,8 @@ def _format(struct_name: str) -> str:
             out += "16s" * (field.count or 1)
         elif field.kind in _CODES:
             out += _CODES[field.kind] * (field.count or 1)
+        elif field.kind in whole:
+            out += f"{LAYOUT.structs[field.kind].size}s" * (field.count or 1)
         else:
             out += _format(field.kind) * (field.count or 1)
     return out
@@ -57,6 +60,7 @@ class Record:
     _struct: ClassVar[str]
     _codec: ClassVar[struct.Struct]
     _addresses: ClassVar[tuple[int, ...]]
+    _nested: ClassVar[tuple[tuple[int, type[Record]], ...]] = ()
 
     @classmethod
     def _bind(cls) -> None:
@@ -66,8 +70,10 @@ class Record:
         if names != wanted:
             raise TypeError(f"{cls.__name__} has {names}, struct {cls._struct} has {wanted}")
         kept = [field for field in LAYOUT.structs[cls._struct].fields if not field.is_padding]
-        cls._codec = struct.Struct("<" + _format(cls._struct))
+        cls._codec = struct.Struct("<" + _format(cls._struct, frozenset(record._struct for record in RECORDS)))
         cls._addresses = tuple(index for index, field in enumerate(kept) if field.kind == "address")
+        kinds = {record._struct: record for record in RECORDS}
+        cls._nested = tuple((index, kinds[field.kind]) for index, field in enumerate(kept) if field.kind in kinds)
         if cls._codec.size != LAYOUT.structs[cls._struct].size:
             raise TypeError(f"{cls.__name__}: {cls._codec.size} bytes, not {LAYOUT.structs[cls._struct].size}")
 
@@ -82,6 +88,8 @@ class Record:
         try:
             for index in self._addresses:
                 values[index] = address_bytes(values[index])
+            for index, _ in self._nested:
+                values[index] = values[index].encode()
             return self._codec.pack(*values)
         except (struct.error, ValueError, TypeError) as error:
             raise ValueError(f"{type(self).__name__}: {error}: {self!r}") from None
@@ -95,6 +103,8 @@ class Record:
             raise ValueError(f"{cls.__name__}: {error}, not {len(raw)}") from None
         for index in cls._addresses:
             values[index] = address_text(values[index])
+        for index, kind in cls._nested:
+            values[index] = kind.decode(values[index])
         return cls(*values)
 
 
@@ -110,6 +120,7 @@ class EnrolledValue(Record):
     flows: int = 0
     flags: int = 0
     refused: int = 0
+    identity: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,9 +140,50 @@ class ServiceKey(Record):
 
 @dataclass(frozen=True, slots=True)
 class ServiceValue(Record):
+    """``endpoints`` is the number of usable slots; 0 leaves the choice to ztunnel."""
+
     _struct: ClassVar[str] = "service_value"
     service: int
     flags: int
+    endpoints: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class EndpointKey(Record):
+    """``port`` is the service's."""
+
+    _struct: ClassVar[str] = "endpoint_key"
+    service: int
+    port: int
+    slot: int
+
+
+@dataclass(frozen=True, slots=True)
+class EndpointValue(Record):
+    """``port`` is the endpoint's."""
+
+    _struct: ClassVar[str] = "endpoint_value"
+    address: str
+    workload: int
+    port: int
+
+
+@dataclass(frozen=True, slots=True)
+class VerdictKey(Record):
+    """``port`` 0 stands for every port without an entry of its own."""
+
+    _struct: ClassVar[str] = "verdict_key"
+    identity: int
+    workload: int
+    port: int
+
+
+@dataclass(frozen=True, slots=True)
+class VerdictValue(Record):
+    _struct: ClassVar[str] = "verdict_value"
+    generation: int
+    allow: int
+    policy: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -190,6 +242,56 @@ class OriginValue(Record):
 
 
 @dataclass(frozen=True, slots=True)
+class FlowEnd(Record):
+    """One end of a kernel flow; its counters are of what this end sent."""
+
+    _struct: ClassVar[str] = "flow_end"
+    sock: int = 0
+    cookie: int = 0
+    native_bytes: int = 0
+    redirect_bytes: int = 0
+    redirect_messages: int = 0
+    switches: int = 0
+    last_native_ns: int = 0
+    queued_messages: int = 0
+    state: int = 0
+    flags: int = 0
+    lookups: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class FlowValue(Record):
+    """A connection authorized in the kernel, with both its ends."""
+
+    _struct: ClassVar[str] = "flow_value"
+    client: FlowEnd
+    server: FlowEnd
+    created_ns: int
+    generation: int
+    netns_client: int
+    netns_server: int
+    original: str
+    source: int
+    destination: int
+    identity: int
+    policy: int
+    original_port: int
+    reason: int
+    acceleration: int
+    flags: int
+
+
+@dataclass(frozen=True, slots=True)
+class FlowEvent(Record):
+    """What the ring buffer carries when the last end of a flow closed."""
+
+    _struct: ClassVar[str] = "flow_event"
+    key: TupleKey
+    value: FlowValue
+    closed_ns: int
+
+
+@dataclass(frozen=True, slots=True)
 class ListenerKey(Record):
     """`kind` is LISTENER_OUTBOUND, LISTENER_INBOUND_PLAINTEXT or LISTENER_HBONE."""
 
@@ -218,6 +320,8 @@ class SettingsValue:
     mode: int = LAYOUT["MODE_CAPTURE"]
     complete: int = 0
     heartbeat_timeout_s: int = 0
+    acceleration: int = 0
+    high_bytes: int = 0
 
     _codec: ClassVar[struct.Struct] = struct.Struct("<" + _format("settings_value"))
 
@@ -244,6 +348,8 @@ class SettingsValue:
                 self.complete,
                 len(self.cluster_ranges),
                 self.heartbeat_timeout_s,
+                self.acceleration,
+                self.high_bytes,
             )
         except struct.error as error:
             raise ValueError(f"SettingsValue: {error}: {self!r}") from None
@@ -259,7 +365,7 @@ class SettingsValue:
         exempt, rest = rest[: LAYOUT["EXEMPT_CGROUPS_MAX"]], rest[LAYOUT["EXEMPT_CGROUPS_MAX"] :]
         kubelet, rest = rest[: LAYOUT["KUBELET_CGROUPS_MAX"]], rest[LAYOUT["KUBELET_CGROUPS_MAX"] :]
         ranges, rest = rest[: 2 * LAYOUT["CLUSTER_RANGES_MAX"]], rest[2 * LAYOUT["CLUSTER_RANGES_MAX"] :]
-        mode, complete, used, timeout = rest
+        mode, complete, used, timeout, acceleration, high_bytes = rest
         pairs = [Range(address_text(ranges[2 * index]), ranges[2 * index + 1]) for index in range(len(ranges) // 2)]
         return cls(
             generation=generation,
@@ -270,6 +376,8 @@ class SettingsValue:
             mode=mode,
             complete=complete,
             heartbeat_timeout_s=timeout,
+            acceleration=acceleration,
+            high_bytes=high_bytes,
         )
 
 
@@ -306,6 +414,13 @@ RECORDS: Final[tuple[type[Record], ...]] = (
     TupleKey,
     AuthorizedValue,
     OriginValue,
+    EndpointKey,
+    EndpointValue,
+    VerdictKey,
+    VerdictValue,
+    FlowEnd,
+    FlowValue,
+    FlowEvent,
     ListenerKey,
 )
 for _record in RECORDS:

@@ -25,12 +25,18 @@ SPEC: Final[dict[str, tuple[int, int, int]]] = {
     "redirects": (v.RedirectKey.size(), v.RedirectValue.size(), LAYOUT["REDIRECTS_MAX"]),
     "authorized": (v.TupleKey.size(), v.AuthorizedValue.size(), LAYOUT["AUTHORIZED_MAX"]),
     "origins": (v.TupleKey.size(), v.OriginValue.size(), LAYOUT["ORIGINS_MAX"]),
+    "endpoints": (v.EndpointKey.size(), v.EndpointValue.size(), LAYOUT["ENDPOINTS_MAX"]),
+    "verdicts": (v.VerdictKey.size(), v.VerdictValue.size(), LAYOUT["VERDICTS_MAX"]),
+    "flows": (v.TupleKey.size(), v.FlowValue.size(), LAYOUT["FLOWS_MAX"]),
+    "sockets": (v.TupleKey.size(), 8, LAYOUT["SOCKETS_MAX"]),
+    "events": (0, 0, LAYOUT["EVENTS_BYTES"]),
     "listeners": (v.ListenerKey.size(), 8, LAYOUT["LISTENERS_MAX"]),
     "counters": (4, 8, LAYOUT["COUNTERS_MAX"]),
     "settings": (4, v.SettingsValue.size(), LAYOUT["SETTINGS_MAX"]),
     "pending": (4, LAYOUT.structs["pending_value"].size, 0),
 }
-"""Map -> bytes of key, bytes of value, limit. `pending` lives in sockets: it can be seen only from programs."""
+"""Map -> bytes of key, bytes of value, limit. `pending` lives in sockets and can be seen only from programs;
+`events` is a ring buffer, whose limit is in bytes."""
 
 K = TypeVar("K")
 V = TypeVar("V")
@@ -192,6 +198,11 @@ class Maps:
         self.redirects = TypedMap(tables["redirects"], _Record(v.RedirectKey), _Record(v.RedirectValue))
         self.authorized = TypedMap(tables["authorized"], tuples, _Record(v.AuthorizedValue))
         self.origins = TypedMap(tables["origins"], tuples, _Record(v.OriginValue))
+        self.endpoints = TypedMap(tables["endpoints"], _Record(v.EndpointKey), _Record(v.EndpointValue))
+        self.verdicts = TypedMap(tables["verdicts"], _Record(v.VerdictKey), _Record(v.VerdictValue))
+        self.flows = TypedMap(tables["flows"], tuples, _Record(v.FlowValue))
+        self.sockets = TypedMap(tables["sockets"], tuples, _Number(8))
+        """Leaves are cookies of the sockets."""
         self.listeners = ListenerMap(tables["listeners"])
         self._settings = TypedMap(tables["settings"], _Number(4), _Settings())
         self._redirects = tables["redirects"]
@@ -249,7 +260,14 @@ class Maps:
         have = self.enrolled.get(netns_cookie)
         if have is not None:
             value = v.EnrolledValue(
-                value.address4, value.address6, value.workload, value.flows_max, have.flows, value.flags, have.refused
+                value.address4,
+                value.address6,
+                value.workload,
+                value.flows_max,
+                have.flows,
+                value.flags,
+                have.refused,
+                value.identity,
             )
             if value == have:
                 return

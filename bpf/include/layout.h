@@ -12,7 +12,7 @@
 #ifndef AMBIENT_LAYOUT_H
 #define AMBIENT_LAYOUT_H
 
-#define LAYOUT_VERSION 1
+#define LAYOUT_VERSION 2
 
 /* Limits: entries per map. A full map refuses and counts; see the share below. */
 #define ENROLLED_MAX 1024
@@ -27,6 +27,12 @@
 #define KUBELET_CGROUPS_MAX 4
 #define CLUSTER_RANGES_MAX 8
 #define SETTINGS_MAX 1
+#define ENDPOINTS_MAX 131072
+#define VERDICTS_MAX 131072
+#define FLOWS_MAX 65536
+#define SOCKETS_MAX 65536
+#define EVENTS_BYTES 262144         /* of the ring buffer: a power of two and whole pages */
+#define SLOTS_MAX 1024              /* slots of one service port: endpoints, repeated by weight */
 #define FLOWS_SHARE_DEFAULT 8192    /* enrolled_value.flows_max unless the agent knows better */
 #define CGROUP_LEVELS_MAX 12        /* ancestors of a process that are compared with a set of cgroups */
 
@@ -62,7 +68,22 @@ enum reason {
 	REASON_NOT_SYNCED = 20,         /* settings.complete is 0: captured although unknown */
 	REASON_ZTUNNEL = 21,            /* inbound: let through for ztunnel's own delivery */
 	REASON_LISTENER_MISMATCH = 22,  /* inbound: the listener in the map cannot take the connection, dropped */
-	REASON_MAX = 23,
+	REASON_KERNEL = 23,             /* same node, authorized in the kernel; inbound: let through for it */
+	REASON_NO_VERDICT = 24,         /* same node, but no verdict was written ahead: captured */
+	REASON_STALE_VERDICT = 25,      /* same node, but the verdict is of another generation: captured */
+	REASON_VERDICT_DENIES = 26,     /* same node, the verdict denies: captured, ztunnel refuses and logs */
+	REASON_NO_ENDPOINT_SLOT = 27,   /* the chosen slot of a service is not there: captured */
+	REASON_ACCELERATION_OFF = 28,   /* same node, but one of the two ends wants ztunnel: captured */
+	REASON_REVOKED = 29,            /* kernel flow closed because its right is gone */
+	REASON_FLOWS_FULL = 30,         /* flows full: the connection will be steered */
+	REASON_FLOW_UNREPORTED = 31,    /* the ring buffer was full: the closed flow waits in flows */
+	REASON_REDIRECT_INSERTED = 32,  /* socket put into the sockhash */
+	REASON_REDIRECT_BLOCKING = 33,  /* receiver turned blocking: its flow stays native */
+	REASON_REDIRECT_HIGH = 34,      /* receiver holds enough: the direction went native */
+	REASON_REDIRECT_ENOMEM = 35,    /* a redirected message found no memory: the sender saw ENOMEM */
+	REASON_REDIRECT_ZEROCOPY = 36,  /* sender uses SO_ZEROCOPY: not put into the sockhash */
+	REASON_KTLS_REFUSED = 37,       /* TCP_ULP on a socket of the sockhash refused */
+	REASON_MAX = 38,
 };
 
 /* What a listener in a pod's namespace is for. */
@@ -85,6 +106,24 @@ enum listener_kind {
 #define ENROLLED_BYPASS 1       /* operator's bypass: connects are left alone */
 #define ENROLLED_OPEN 2         /* open on failure: the same once the heartbeat stopped */
 
+/* Acceleration a pod wants, `auto` already resolved; the stricter of both ends holds: off, then direct, then redirect.
+ * None of the three is off. */
+#define ENROLLED_OFF 8
+#define ENROLLED_DIRECT 16
+#define ENROLLED_REDIRECT 32
+#define WORKLOAD_OFF 64
+#define WORKLOAD_DIRECT 128
+#define WORKLOAD_REDIRECT 256
+
+/* What of a flow's acceleration was agreed: flow_value.acceleration. */
+#define ACCELERATION_OFF 0
+#define ACCELERATION_DIRECT 1
+#define ACCELERATION_REDIRECT 2
+
+/* settings.acceleration: what the self-tests of the loader found this kernel able to do. */
+#define CAN_REDIRECT 1          /* redirected bytes are charged, kTLS is refused: `redirect` is honoured */
+#define AUTO_REDIRECT 2         /* splice reads redirected bytes in order: `auto` means `redirect` */
+
 /* settings.mode */
 #define MODE_CAPTURE 0
 #define MODE_BYPASS 1
@@ -94,7 +133,7 @@ struct address {
 };
 
 /* enrolled: netns cookie -> workload. The agent writes all but flows and refused, and keeps those two when it
- * writes an entry again. A captured connection counts from TCP_CONNECT_CB until its socket closes. */
+ * writes an entry again. A captured or kernel-authorized connection counts from TCP_CONNECT_CB until its socket closes. */
 struct enrolled_value {
 	struct address address4;    /* what an unbound IPv4 socket is bound to; :: if none */
 	struct address address6;    /* the same for IPv6; :: if none */
@@ -103,14 +142,16 @@ struct enrolled_value {
 	__u32 flows;                /* captured connections alive; written by programs */
 	__u32 flags;
 	__u64 refused;              /* connects refused for the share; written by programs */
+	__u32 identity;             /* node-local number of the workload's identity; 0: no verdict can apply */
+	__u32 pad;
 };
-_Static_assert(sizeof(struct enrolled_value) == 56, "enrolled_value");
+_Static_assert(sizeof(struct enrolled_value) == 64, "enrolled_value");
 
 /* workloads: address -> workload. */
 struct workload_value {
 	__u32 workload;
 	__u32 flags;                /* WORKLOAD_* */
-	__u64 generation;           /* of the workload at this address; changes when the address is reused */
+	__u64 generation;           /* changes when the address is reused and when any right to reach it may have changed */
 };
 _Static_assert(sizeof(struct workload_value) == 16, "workload_value");
 
@@ -125,13 +166,49 @@ _Static_assert(sizeof(struct service_key) == 24, "service_key");
 struct service_value {
 	__u32 service;
 	__u32 flags;                /* WORKLOAD_WAYPOINT */
+	__u32 endpoints;            /* usable slots of this port in `endpoints`; 0: ztunnel chooses */
+	__u32 pad;
 };
-_Static_assert(sizeof(struct service_value) == 8, "service_value");
+_Static_assert(sizeof(struct service_value) == 16, "service_value");
+
+/* endpoints: service port and slot -> endpoint. Slots 0 to service_value.endpoints - 1; weights by repetition. */
+struct endpoint_key {
+	__u32 service;
+	__u16 port;                 /* of the service */
+	__u16 slot;
+};
+_Static_assert(sizeof(struct endpoint_key) == 8, "endpoint_key");
+
+struct endpoint_value {
+	struct address address;
+	__u32 workload;
+	__u16 port;                 /* of the endpoint */
+	__u16 pad;
+};
+_Static_assert(sizeof(struct endpoint_value) == 24, "endpoint_value");
+
+/* verdicts: source identity, destination workload and port -> verdict. Port 0 stands for every port that has no entry
+ * of its own; it is written last and removed first, so that with it all others are there. */
+struct verdict_key {
+	__u32 identity;             /* node-local number */
+	__u32 workload;
+	__u16 port;
+	__u16 pad;
+};
+_Static_assert(sizeof(struct verdict_key) == 12, "verdict_key");
+
+struct verdict_value {
+	__u64 generation;           /* of the destination when it was evaluated: another one makes the entry void */
+	__u32 allow;
+	__u32 policy;               /* node-local number of the policy that decided; 0 none */
+};
+_Static_assert(sizeof(struct verdict_value) == 16, "verdict_value");
 
 /* pending_value.state */
 #define PENDING_DECIDED 0       /* the connect hook wrote it */
 #define PENDING_COUNTED 1       /* TCP_CONNECT_CB counted it in enrolled_value.flows: close must uncount it */
 #define PENDING_AUTHORIZED 2    /* TCP_CONNECT_CB wrote an authorized entry: close must remove it */
+#define PENDING_FLOW 3          /* the same, and counted it, and wrote a flow: close must end that too */
 
 /* pending (sk_storage): what the connect hook decided for this socket. */
 struct pending_value {
@@ -149,9 +226,12 @@ struct pending_value {
 	__u16 client_port;          /* local port at TCP_CONNECT_CB, 0 before */
 	__u16 reason;               /* enum reason */
 	__u16 state;                /* PENDING_* */
-	__u32 pad;
+	__u32 identity;             /* of the source */
+	__u32 policy;               /* that allowed it, 0 none */
+	__u16 acceleration;         /* ACCELERATION_* */
+	__u16 pad;
 };
-_Static_assert(sizeof(struct pending_value) == 104, "pending_value");
+_Static_assert(sizeof(struct pending_value) == 112, "pending_value");
 
 /* redirects: two kinds of key in one map. Until accept the key is the client's 4-tuple in its namespace
  * (cookie 0); from PASSIVE_ESTABLISHED on it is the accepted socket's cookie (everything else 0). */
@@ -179,7 +259,7 @@ struct redirect_value {
 };
 _Static_assert(sizeof(struct redirect_value) == 80, "redirect_value");
 
-/* The 4-tuple of a connection into a pod, seen from the pod: key of authorized and origins. */
+/* The 4-tuple of a connection into a pod, seen from the pod: key of authorized, origins and flows. */
 struct tuple_key {
 	struct address local;
 	struct address remote;
@@ -194,7 +274,7 @@ struct authorized_value {
 	__u64 generation;           /* of the destination workload; 0: not checked */
 	__u64 created_ns;
 	__u32 workload;             /* destination workload, which must own the local address */
-	__u16 reason;               /* REASON_PROBE, REASON_ZTUNNEL, later kernel-path reasons */
+	__u16 reason;               /* REASON_PROBE, REASON_ZTUNNEL, REASON_KERNEL */
 	__u16 pad;
 };
 _Static_assert(sizeof(struct authorized_value) == 24, "authorized_value");
@@ -208,6 +288,67 @@ struct origin_value {
 	__u8 pad[6];
 };
 _Static_assert(sizeof(struct origin_value) == 40, "origin_value");
+
+/* flow_end.state */
+#define FLOW_NATIVE 0
+#define FLOW_REDIRECT 1
+
+/* flow_end.flags. Each end's word is written by its own programs, so that nothing has to be atomic. */
+#define END_NONBLOCK 1          /* its file is O_NONBLOCK */
+#define END_INSERTED 2          /* it is in `sockets` */
+#define END_BLOCKING_SEEN 4     /* it turned blocking after it was inserted */
+#define END_ZEROCOPY 8          /* SO_ZEROCOPY is set */
+#define END_CLOSED 16
+
+/* flow_value.flags */
+#define FLOW_REVOKED 1          /* its right is gone: it is being closed */
+#define FLOW_UNREPORTED 2       /* both ends are closed and the ring buffer was full: the reader sweeps it */
+
+/* One end of a flow. Its counters are of what this end sent. */
+struct flow_end {
+	__u64 sock;                 /* struct sock *, valid only while its skc_cookie equals cookie; 0 unknown */
+	__u64 cookie;               /* SO_COOKIE; 0: there is no such socket (yet) */
+	__u64 native_bytes;         /* through TCP; known when an end closes */
+	__u64 redirect_bytes;       /* by sk_msg */
+	__u64 redirect_messages;
+	__u64 switches;             /* between native and redirect */
+	__u64 last_native_ns;
+	__u32 queued_messages;      /* redirected since the receiver's sk_rmem_alloc last read 0 */
+	__u32 state;                /* FLOW_NATIVE, FLOW_REDIRECT */
+	__u32 flags;                /* END_* */
+	__u32 lookups;              /* of the socket by the tc program, which are bounded */
+};
+_Static_assert(sizeof(struct flow_end) == 72, "flow_end");
+
+/* flows: 4-tuple of a kernel-authorized connection, seen from the server -> both directions. */
+struct flow_value {
+	struct flow_end client;
+	struct flow_end server;
+	__u64 created_ns;
+	__u64 generation;           /* of the destination when authorized */
+	__u64 netns_client;         /* cookies */
+	__u64 netns_server;         /* 0 until the server's socket exists */
+	struct address original;    /* what the client dialled */
+	__u32 source;               /* workloads */
+	__u32 destination;
+	__u32 identity;             /* of the source */
+	__u32 policy;               /* that allowed it, 0 none */
+	__u16 original_port;
+	__u16 reason;               /* REASON_KERNEL */
+	__u16 acceleration;         /* ACCELERATION_* */
+	__u16 pad;
+	__u32 flags;                /* FLOW_* */
+	__u32 pad2;
+};
+_Static_assert(sizeof(struct flow_value) == 224, "flow_value");
+
+/* events (ring buffer): one when the last end of a flow closed. */
+struct flow_event {
+	struct tuple_key key;
+	struct flow_value value;
+	__u64 closed_ns;
+};
+_Static_assert(sizeof(struct flow_event) == 272, "flow_event");
 
 /* listeners (sockhash): pod address and kind -> ztunnel's listening socket; the leaf is a u64. */
 struct listener_key {
@@ -235,7 +376,9 @@ struct settings_value {
 	__u32 complete;             /* 1: the maps hold the whole World */
 	__u32 cluster_ranges_used;
 	__u32 heartbeat_timeout_s;  /* 0: never open on failure */
+	__u32 acceleration;         /* CAN_REDIRECT, AUTO_REDIRECT */
+	__u32 high_bytes;           /* above this a receiver is sent native bytes; 0: the programs' own rule */
 };
-_Static_assert(sizeof(struct settings_value) == 320, "settings_value");
+_Static_assert(sizeof(struct settings_value) == 328, "settings_value");
 
 #endif

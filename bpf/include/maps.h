@@ -22,6 +22,16 @@ BPF_F_TABLE("hash", struct address, struct workload_value, workloads, WORKLOADS_
  * workloads, with the same consequence when full. */
 BPF_F_TABLE("hash", struct service_key, struct service_value, services, SERVICES_MAX, BPF_F_NO_PREALLOC);
 
+/* endpoints: service port and slot -> endpoint, healthy ones in this node's order of preference. Written by the agent:
+ * slots first, then the count in `services`; when fewer, the count first. Read by connect. Dies with the endpoint; a
+ * missing slot sends the connection to ztunnel. 131,072: two for each service port there can be. */
+BPF_F_TABLE("hash", struct endpoint_key, struct endpoint_value, endpoints, ENDPOINTS_MAX, BPF_F_NO_PREALLOC);
+
+/* verdicts: source identity, local destination, port -> whether it may connect, written ahead by the agent. Read by
+ * connect. Void as soon as the destination's generation is another one; dies with the destination. 131,072: 100
+ * destinations, 400 identities, three ports; what finds no room is decided by ztunnel. */
+BPF_F_TABLE("hash", struct verdict_key, struct verdict_value, verdicts, VERDICTS_MAX, BPF_F_NO_PREALLOC);
+
 /* pending: socket -> what its last connect (or DNS datagram) was turned into. Written by connect, probe,
  * sendmsg, sock_ops; read by those and by getpeername and recvmsg. Dies with the socket, or at its next
  * connect. No limit of its own: it is part of the socket. */
@@ -43,6 +53,16 @@ BPF_F_TABLE("hash", struct tuple_key, struct authorized_value, authorized, AUTHO
  * getpeername (and so by accept). Dies with the application's socket, or with ztunnel's if there never was one.
  * 65,536: inbound connections alive at one time on the node. */
 BPF_F_TABLE("hash", struct tuple_key, struct origin_value, origins, ORIGINS_MAX, BPF_F_NO_PREALLOC);
+
+/* flows: connection authorized in the kernel, seen from the server -> both its ends. Written by sock_ops at
+ * TCP_CONNECT_CB (and by whatever moves its bytes); read by telemetry and the agent. Dies when the last of its sockets
+ * closed and it was reported through `events`, or taken by the reader if that was full. 65,536: flows alive at one time
+ * on the node. */
+BPF_F_TABLE("hash", struct tuple_key, struct flow_value, flows, FLOWS_MAX, BPF_F_NO_PREALLOC);
+
+/* events: closed flows, for telemetry. Written by sock_ops, consumed by one reader. 256 KiB: 900 closes between two
+ * looks of the reader; what finds no room stays in `flows` until the reader sweeps it, so nothing is lost. */
+BPF_RINGBUF_OUTPUT(events, 64);
 
 /* counters: enum reason -> events since loading, per CPU. Written by programs, read by people and metrics.
  * Never dies. 64: room for reasons to come without a new layout. */
@@ -66,5 +86,21 @@ struct listeners_table_t {
 };
 __attribute__((section("maps/sockhash"))) struct listeners_table_t listeners = {.max_entries = LISTENERS_MAX};
 BPF_ANNOTATE_KV_PAIR(listeners, struct listener_key, __u64);
+
+/* sockets: 4-tuple as the socket itself sees it -> a socket whose bytes may be moved by redirection. Written by programs;
+ * the kernel removes a socket when it is closed. 65,536: one for each flow there can be, if one end of each qualifies. */
+struct sockets_table_t {
+	struct tuple_key key;
+	__u64 leaf;
+	struct bpf_sock *(*lookup)(struct tuple_key *);
+	int (*update)(struct tuple_key *, __u64 *);
+	int (*delete)(struct tuple_key *);
+	int (*sock_hash_update)(void *, struct tuple_key *, __u64);
+	int (*msg_redirect_hash)(void *, struct tuple_key *, __u64);
+	u32 max_entries;
+	int flags;
+};
+__attribute__((section("maps/sockhash"))) struct sockets_table_t sockets = {.max_entries = SOCKETS_MAX};
+BPF_ANNOTATE_KV_PAIR(sockets, struct tuple_key, __u64);
 
 #endif

@@ -86,6 +86,8 @@ def test_bcc_sees_the_same_sizes(tmp_path):
     compiled = Compiled()
     library = compiled._bcc.lib
     for name, (key, value, _) in SPEC.items():
+        if name == "events":
+            continue  # a ring buffer has neither keys nor values; bcc pretends that it has
         ident = library.bpf_table_id(compiled._module.module, name.encode())
         assert library.bpf_table_key_size_id(compiled._module.module, ident) == key, name
         assert library.bpf_table_leaf_size_id(compiled._module.module, ident) == value, name

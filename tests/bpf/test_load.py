@@ -131,7 +131,7 @@ def test_maps_of_another_size_are_refused(place):
     assert fd >= 0
     bpf_sys.obj_pin(fd, str(version / "enrolled"))
     os.close(fd)
-    with pytest.raises(LayoutMismatch, match=r"map enrolled: .*\(8, 24, 16\).*\(8, 56, 1024\)"):
+    with pytest.raises(LayoutMismatch, match=r"map enrolled: .*\(8, 24, 16\).*\(8, 64, 1024\)"):
         Maps.open(directory)
 
 

@@ -24,9 +24,13 @@ ADDRESSES = st.one_of(
 
 
 def records(kind: type[v.Record]) -> st.SearchStrategy[v.Record]:
-    parts = {}
+    parts: dict[str, st.SearchStrategy[object]] = {}
+    nested = {record._struct: record for record in v.RECORDS}
     for field in LAYOUT.structs[kind._struct].fields:
         if not field.is_padding:
+            if field.kind in nested:
+                parts[field.name] = records(nested[field.kind])
+                continue
             bits = _BITS.get(field.kind, 0)
             parts[field.name] = ADDRESSES if field.kind == "address" else st.integers(0, 2**bits - 1)
     return st.builds(kind, **parts)
@@ -52,7 +56,10 @@ def test_the_bytes_are_those_of_the_c_struct(kind):
         seen = LAYOUT.classes[kind._struct].from_buffer_copy(record.encode())
         for field in fields(record):
             value = getattr(seen, field.name)
-            if isinstance(value, int):
+            own = getattr(record, field.name)
+            if isinstance(own, v.Record):
+                assert bytes(value) == own.encode()
+            elif isinstance(value, int):
                 assert value == getattr(record, field.name)
             else:
                 assert v.address_text(bytes(value)) == getattr(record, field.name)
@@ -75,6 +82,8 @@ SETTINGS = st.builds(
     mode=st.integers(0, 1),
     complete=st.integers(0, 1),
     heartbeat_timeout_s=st.integers(0, 2**32 - 1),
+    acceleration=st.integers(0, 3),
+    high_bytes=st.integers(0, 2**32 - 1),
 )
 
 
