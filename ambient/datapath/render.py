@@ -57,7 +57,7 @@ ACCELERATIONS = {
     LAYOUT["ACCELERATION_DIRECT"]: "direct",
     LAYOUT["ACCELERATION_REDIRECT"]: "redirect",
 }
-NOT_FLOW_FLAGS = ("FLOW_NATIVE", "FLOW_REDIRECT")
+NOT_FLOW_FLAGS = ("FLOW_NATIVE", "FLOW_REDIRECT", "FLOW_BLOCKING")
 """Constants that begin like the flags of a flow and are states of one end."""
 
 

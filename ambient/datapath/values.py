@@ -253,9 +253,12 @@ class FlowEnd(Record):
     redirect_messages: int = 0
     switches: int = 0
     last_native_ns: int = 0
+    seen_ns: int = 0
     queued_messages: int = 0
     state: int = 0
     flags: int = 0
+    sighting: int = 0
+    seen_seq: int = 0
     lookups: int = 0
 
 

@@ -289,16 +289,18 @@ struct origin_value {
 };
 _Static_assert(sizeof(struct origin_value) == 40, "origin_value");
 
-/* flow_end.state */
+/* flow_end.state: of the direction in which this end sends. Written by sk_msg only. */
 #define FLOW_NATIVE 0
 #define FLOW_REDIRECT 1
+#define FLOW_BLOCKING 2         /* the receiver turned blocking: both directions are native for good */
 
-/* flow_end.flags. Each end's word is written by its own programs, so that nothing has to be atomic. */
-#define END_NONBLOCK 1          /* its file is O_NONBLOCK */
-#define END_INSERTED 2          /* it is in `sockets` */
-#define END_BLOCKING_SEEN 4     /* it turned blocking after it was inserted */
-#define END_ZEROCOPY 8          /* SO_ZEROCOPY is set */
-#define END_CLOSED 16
+/* flow_end.flags: written by sock_ops only, so that nothing has to be atomic. */
+#define END_CLOSED 1
+
+/* flow_end.sighting: what the tc program saw of this end; written by it only. */
+#define END_NONBLOCK 1          /* its file was O_NONBLOCK when last seen */
+#define END_INSERTED 2          /* it is, or was, in `sockets` */
+#define END_ZEROCOPY 4          /* SO_ZEROCOPY is set: never inserted */
 
 /* flow_value.flags */
 #define FLOW_REVOKED 1          /* its right is gone: it is being closed */
@@ -312,13 +314,16 @@ struct flow_end {
 	__u64 redirect_bytes;       /* by sk_msg */
 	__u64 redirect_messages;
 	__u64 switches;             /* between native and redirect */
-	__u64 last_native_ns;
+	__u64 last_native_ns;       /* when sk_msg last let a message pass natively */
+	__u64 seen_ns;              /* when the tc program last looked at the socket */
 	__u32 queued_messages;      /* redirected since the receiver's sk_rmem_alloc last read 0 */
-	__u32 state;                /* FLOW_NATIVE, FLOW_REDIRECT */
-	__u32 flags;                /* END_* */
+	__u32 state;                /* FLOW_* */
+	__u32 flags;                /* END_CLOSED */
+	__u32 sighting;             /* END_NONBLOCK, END_INSERTED, END_ZEROCOPY */
+	__u32 seen_seq;             /* copied_seq when first seen O_NONBLOCK, then when inserted */
 	__u32 lookups;              /* of the socket by the tc program, which are bounded */
 };
-_Static_assert(sizeof(struct flow_end) == 72, "flow_end");
+_Static_assert(sizeof(struct flow_end) == 88, "flow_end");
 
 /* flows: 4-tuple of a kernel-authorized connection, seen from the server -> both directions. */
 struct flow_value {
@@ -340,7 +345,7 @@ struct flow_value {
 	__u32 flags;                /* FLOW_* */
 	__u32 pad2;
 };
-_Static_assert(sizeof(struct flow_value) == 224, "flow_value");
+_Static_assert(sizeof(struct flow_value) == 256, "flow_value");
 
 /* events (ring buffer): one when the last end of a flow closed. */
 struct flow_event {
@@ -348,7 +353,7 @@ struct flow_event {
 	struct flow_value value;
 	__u64 closed_ns;
 };
-_Static_assert(sizeof(struct flow_event) == 272, "flow_event");
+_Static_assert(sizeof(struct flow_event) == 304, "flow_event");
 
 /* listeners (sockhash): pod address and kind -> ztunnel's listening socket; the leaf is a u64. */
 struct listener_key {

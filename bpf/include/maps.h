@@ -93,7 +93,7 @@ struct sockets_table_t {
 	struct tuple_key key;
 	__u64 leaf;
 	struct bpf_sock *(*lookup)(struct tuple_key *);
-	int (*update)(struct tuple_key *, __u64 *);
+	int (*insert)(struct tuple_key *, void *);
 	int (*delete)(struct tuple_key *);
 	int (*sock_hash_update)(void *, struct tuple_key *, __u64);
 	int (*msg_redirect_hash)(void *, struct tuple_key *, __u64);
