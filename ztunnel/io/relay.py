@@ -8,7 +8,6 @@ stops the reading of its socket.
 from __future__ import annotations
 
 import errno
-import os
 import socket
 from typing import TYPE_CHECKING, Final
 
@@ -27,9 +26,8 @@ if TYPE_CHECKING:
     from ztunnel.io.worker import Worker
 
 _READS_PER_TURN: Final = 8
-BATCH_FRAMES: Final = int(os.environ.get("BF", "64"))
-BATCH_BYTES: Final = int(os.environ.get("BB", "131072"))
-"""A turn's batch is cut here, so that the next process in the row need not wait for the whole of it."""
+_BATCH_BYTES: Final = 128 * 1024
+"""A batch of so much leaves before the turn's end: the peer works on it while we go on."""
 POLICY_CHANGED: Final = "connection closed due to policy change"
 
 
@@ -163,9 +161,8 @@ class StreamRelay(Relay):
                 self.account.received += count
             if not tunnel.scheduled:
                 tunnel.schedule()
-            tunnel.batch += 1
-            if tunnel.batch >= BATCH_FRAMES or connection.output.end >= BATCH_BYTES:
-                tunnel.flush()  # let the peer begin while we go on
+            if connection.output.end >= _BATCH_BYTES:
+                tunnel.flush()
                 if self.done:
                     return
             if count < len(room):

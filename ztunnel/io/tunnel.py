@@ -49,7 +49,6 @@ class Tunnel:
         "_tls",
         "_writing",
         "backlog_bytes",
-        "batch",
         "closed",
         "connection",
         "fd",
@@ -76,8 +75,6 @@ class Tunnel:
         self.waiting: deque[Paused] = deque()
         """Relays that found the tunnel congested."""
         self.scheduled = False
-        self.batch = 0
-        """Messages put out since the last flush."""
         self.closed = False
         self._backlog: deque[memoryview] = deque()
         self.backlog_bytes = 0
@@ -217,7 +214,6 @@ class Tunnel:
     def flush(self) -> None:
         """Encrypt what the streams have put out, and send it with one call."""
         self.scheduled = False
-        self.batch = 0
         connection = self.connection
         if self.closed or connection is None or self._tls is None:
             return
