@@ -30,6 +30,7 @@ from ztunnel.core.pool import Pool
 from ztunnel.io.ledger import Ledger
 from ztunnel.io.link import Link
 from ztunnel.io.pods import PodState
+from ztunnel.io.poller import Poller
 from ztunnel.io.relay import Relay
 from ztunnel.io.sockets import Expiring, Namespaces, Socket
 from ztunnel.io.tunnel import ClientTunnel, Tunnel
@@ -134,10 +135,11 @@ class Worker:
         self.kernel = kernel
         self.loop = loop
         self.now = loop.time
-        self.add_reader = loop.add_reader
-        self.remove_reader = loop.remove_reader
-        self.add_writer = loop.add_writer
-        self.remove_writer = loop.remove_writer
+        self.poller = poller = Poller(loop, self._flush)
+        self.add_reader = poller.add_reader
+        self.remove_reader = poller.remove_reader
+        self.add_writer = poller.add_writer
+        self.remove_writer = poller.remove_writer
         self.later = loop.call_later
         self.soon = loop.call_soon
         self.buffers = BufferPool()
@@ -170,11 +172,13 @@ class Worker:
 
     def flush_later(self, tunnel: Tunnel) -> None:
         """Flush at the end of this turn of the loop: one TLS write for all that became readable in it."""
-        if not self._flushing:
-            self.soon(self._flush)
+        if not self._flushing and not self.poller.turning:
+            self.soon(self._flush)  # a timer or another source than the poller
         self._flushing.append(tunnel)
 
     def _flush(self) -> None:
+        if not self._flushing:
+            return
         tunnels, self._flushing = self._flushing, []
         for tunnel in tunnels:
             if tunnel.scheduled:
