@@ -1,7 +1,7 @@
 """Packets of msgpack messages with descriptors beside them, over SOCK_SEQPACKET unix sockets.
 
 One packet is one message; descriptors travel by SCM_RIGHTS. `PacketSocket` blocks, `AsyncPacketSocket` waits
-on the running loop (asyncio's or uvloop's). Both refuse what is too long, cannot be decoded, or does not carry
+on the running loop. Both refuse what is too long, cannot be decoded, or does not carry
 the descriptors it names, and close every descriptor of a refused packet. Descriptors that arrive are
 close-on-exec and belong to the caller.
 """

@@ -6,7 +6,6 @@ socket, decisions and certificates from the control process over a stream; event
 
 from __future__ import annotations
 
-import asyncio
 import gc
 import resource
 import signal
@@ -14,9 +13,7 @@ import socket
 import sys
 import time
 import traceback
-from typing import Any, Final, Protocol
-
-import uvloop
+from typing import Final, Protocol
 
 from ambient.errors import AmbientError, LayoutMismatch, PeerFault
 from ambient.io import seqpacket
@@ -30,10 +27,10 @@ from ztunnel.core.pool import Pool
 from ztunnel.io.ledger import Ledger
 from ztunnel.io.link import Link
 from ztunnel.io.pods import PodState
-from ztunnel.io.poller import Poller
 from ztunnel.io.relay import Relay
 from ztunnel.io.sockets import Expiring, Namespaces, Socket
 from ztunnel.io.tunnel import ClientTunnel, Tunnel
+from ztunnel.io.turns import Timer, Turns
 
 TICK_S: Final = 1.0
 UNREADY_S: Final = 3.0
@@ -130,18 +127,17 @@ class LazyMaps:
 class Worker:
     """Everything of one process. Construct, `attach_parent` and ``link.attach``, then `run`."""
 
-    def __init__(self, settings: NodeSettings, kernel: Kernel, loop: asyncio.AbstractEventLoop) -> None:
+    def __init__(self, settings: NodeSettings, kernel: Kernel) -> None:
         self.settings = settings
         self.kernel = kernel
-        self.loop = loop
-        self.now = loop.time
-        self.poller = poller = Poller(loop, self._flush)
-        self.add_reader = poller.add_reader
-        self.remove_reader = poller.remove_reader
-        self.add_writer = poller.add_writer
-        self.remove_writer = poller.remove_writer
-        self.later = loop.call_later
-        self.soon = loop.call_soon
+        self.turns = turns = Turns(self._flush, self.fault)
+        self.now = turns.now
+        self.add_reader = turns.add_reader
+        self.remove_reader = turns.remove_reader
+        self.add_writer = turns.add_writer
+        self.remove_writer = turns.remove_writer
+        self.later = turns.later
+        self.soon = turns.soon
         self.buffers = BufferPool()
         self.ciphertext = memoryview(bytearray(_SCRATCH_BYTES))
         """Scratch of the running callback only."""
@@ -165,15 +161,12 @@ class Worker:
         self._acks: list[node.Ack] = []
         self._level = _LEVELS.index(settings.log_level) if settings.log_level in _LEVELS else 2
         self._stopping = False
-        self._next_tick: asyncio.TimerHandle | None = None
-        self._stopped: asyncio.Future[int] = loop.create_future()
+        self._next_tick: Timer | None = None
 
     # --- services for the parts ----------------------------------------------------------------------------
 
     def flush_later(self, tunnel: Tunnel) -> None:
         """Flush at the end of this turn of the loop: one TLS write for all that became readable in it."""
-        if not self._flushing and not self.poller.turning:
-            self.soon(self._flush)  # a timer or another source than the poller
         self._flushing.append(tunnel)
 
     def _flush(self) -> None:
@@ -256,8 +249,8 @@ class Worker:
             if pod.tick(now):
                 self._forget(uid)
         self.ledger.tick(now)
-        if self._stopping and not self.pods and not self._stopped.done():
-            self._stopped.set_result(0)
+        if self._stopping and not self.pods:
+            self.turns.stop(0)
 
     # --- pods ----------------------------------------------------------------------------------------------
 
@@ -365,13 +358,9 @@ class Worker:
                 return
             self._acks.pop(0)
 
-    def fault(self, _: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
+    def fault(self, error: BaseException) -> None:
         """A callback raised what nobody expected: a bug. It costs the connection or tunnel it happened in."""
-        error = context.get("exception")
         self.count("faults")
-        if not isinstance(error, BaseException):
-            self.log("error", str(context.get("message")))
-            return
         self.log("error", "".join(traceback.format_exception(error)))
         frames = [frame.f_locals.get("self") for frame, _ in traceback.walk_tb(error.__traceback__)]
         for thing in reversed(frames):
@@ -392,10 +381,10 @@ class Worker:
             pod.begin_drain(now, grace_s)
         self.later(_DRAIN_TICK_S, self._tick)
 
-    async def run(self) -> int:
+    def run(self) -> int:
         """Until `stop` has drained. Returns the exit status."""
         self._tick()
-        status = await self._stopped
+        status = self.turns.run()
         self.ledger.flush()
         self.link.detach()
         return status
@@ -413,16 +402,10 @@ def run_worker(settings: NodeSettings, parent_fd: int, control_fd: int, kernel: 
     gc.freeze()
     gc.set_threshold(10_000, 20, 50)
 
-    async def main() -> int:
-        loop = asyncio.get_running_loop()
-        worker = Worker(settings, kernel or LazyMaps(settings.bpffs_dir), loop)
-        loop.set_exception_handler(worker.fault)
-        loop.add_signal_handler(signal.SIGTERM, worker.stop, settings.drain_s)
-        loop.add_signal_handler(signal.SIGINT, lambda: None)
-        worker.attach_parent(socket.socket(fileno=parent_fd))
-        if control_fd >= 0:
-            worker.link.attach(Socket(fileno=control_fd))
-        return await worker.run()
-
-    status: int = uvloop.run(main())
-    return status
+    worker = Worker(settings, kernel or LazyMaps(settings.bpffs_dir))
+    worker.turns.on_signal(signal.SIGTERM, lambda: worker.stop(settings.drain_s))
+    worker.turns.on_signal(signal.SIGINT, lambda: None)
+    worker.attach_parent(socket.socket(fileno=parent_fd))
+    if control_fd >= 0:
+        worker.link.attach(Socket(fileno=control_fd))
+    return worker.run()
