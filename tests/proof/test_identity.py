@@ -1,4 +1,4 @@
-"""Who can get which identity from the running control plane: a node only those of pods on it, a pod none at all."""
+"""Who can get which identity from the running control plane: a node those of pods on it, a pod at most its own."""
 
 from __future__ import annotations
 
@@ -65,13 +65,33 @@ def test_a_foreign_trust_domain_is_refused(mesh: Mesh, pods: str) -> None:
     assert "error" in ask(mesh, "node1", f"spiffe://elsewhere.example/ns/{pods}/sa/one")
 
 
-def test_a_pods_own_token_gets_no_identity_not_even_its_own(mesh: Mesh, pods: str, tmp_path: Path) -> None:
-    token = mesh.kubectl("create", "token", "one", "-n", pods, "--audience", "istio-ca").strip()
+def token_of(mesh: Mesh, namespace: str, account: str, pod_uid: str = "") -> str:
+    """By TokenRequest, as the kubelet asks; bound to the pod named like the account if its UID is given."""
+    spec: dict[str, object] = {"audiences": ["istio-ca"]}
+    if pod_uid:
+        spec["boundObjectRef"] = {"apiVersion": "v1", "kind": "Pod", "name": account, "uid": pod_uid}
+    body = {"apiVersion": "authentication.k8s.io/v1", "kind": "TokenRequest", "spec": spec}
+    path = f"/api/v1/namespaces/{namespace}/serviceaccounts/{account}/token"
+    answer = mesh.kubectl("create", "--raw", path, "-f", "-", stdin=json.dumps(body))
+    return str(json.loads(answer)["status"]["token"])
+
+
+def test_a_token_that_is_bound_to_no_pod_gets_no_identity_not_even_its_own(
+    mesh: Mesh, pods: str, tmp_path: Path
+) -> None:
     path = tmp_path / "token"
-    path.write_text(token)
+    path.write_text(token_of(mesh, pods, "one"))
     for account in ("one", "two"):
         refused = ask(mesh, "node1", f"spiffe://cluster.local/ns/{pods}/sa/{account}", path)
         assert "error" in refused, refused
+
+
+def test_a_pods_bound_token_gets_its_own_identity_and_never_another(mesh: Mesh, pods: str, tmp_path: Path) -> None:
+    path = tmp_path / "token"
+    uid = mesh.get("pod", "one", "-n", pods)["metadata"]["uid"]
+    path.write_text(token_of(mesh, pods, "one", uid))
+    assert "certificates" in ask(mesh, "node1", f"spiffe://cluster.local/ns/{pods}/sa/one", path)
+    assert "error" in ask(mesh, "node1", f"spiffe://cluster.local/ns/{pods}/sa/two", path)
 
 
 @pytest.mark.parametrize(
