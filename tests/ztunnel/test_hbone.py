@@ -97,3 +97,13 @@ def test_what_is_kept_of_earlier_requests_never_changes_how_a_block_is_read(soup
         if results[1] is not None and all(byte < 0x20 or byte >= 0x80 for byte in block[:1]):
             assert results[0] == results[1]
             assert results[1][1] == (check_request(results[1][0]) == "")
+
+
+def test_what_is_kept_of_a_peer_s_headers_is_small():
+    authorities, decoder = hbone.Authorities(), Decoder(65536)
+    for number in range(100):
+        assert authorities.parse(b"10.0.0.1:80" + b"0" * 60_000 + b"%d" % number) is None
+        fields = [(b":method", b"CONNECT"), (b":authority", b"10.0.0.1:80"), (b"baggage", b"%d" % number * 15_000)]
+        assert decoder.decode(encode([*fields, (b"forwarded", b"for=1")]))[:3] == fields
+    assert sum(map(len, authorities._known)) < 10_000
+    assert sum(map(len, decoder._prefixes)) < 10_000

@@ -22,6 +22,8 @@ UNAVAILABLE: Final = 503
 _PREFIXES_MAX: Final = 4096
 _FORWARDED = re.compile(rb'(?:^|[;,]\s*)for="?(\[[0-9a-fA-F:.]+\]|[0-9.]+):([0-9]{1,5})"?', re.IGNORECASE)
 _AUTHORITIES_MAX: Final = 4096
+_AUTHORITY_BYTES_MAX: Final = 64
+"""More than the longest ADDRESS:PORT; what is longer is neither read nor kept."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,6 +97,8 @@ class Authorities:
 
     def parse(self, text: bytes) -> SocketAddress | None:
         """None if it is no ADDRESS:PORT."""
+        if len(text) > _AUTHORITY_BYTES_MAX:
+            return None
         try:
             return self._known[text]
         except KeyError:

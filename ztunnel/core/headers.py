@@ -22,6 +22,8 @@ STATUS_200: Final = b"\x88"
 FORWARDED_START: Final = b"\x00\x09forwarded"
 """How the first field that differs between two requests to one destination begins."""
 _PREFIXES_MAX: Final = 64
+_PREFIX_BYTES_MAX: Final = 2048
+"""Longer ones are decoded each time: what is kept of a peer's bytes must stay small."""
 
 _OVERHEAD_BYTES: Final = 32  # per field, RFC 9113 section 6.5.2
 
@@ -170,7 +172,7 @@ class Decoder:
         it is decoded and checked once. A prefix that decodes to its very end ends at a field's end."""
         self._known = 0
         cut = block.find(FORWARDED_START)
-        if cut <= 0:
+        if not 0 < cut <= _PREFIX_BYTES_MAX:
             return None
         prefix = block[:cut]
         fields = self._prefixes.get(prefix)
