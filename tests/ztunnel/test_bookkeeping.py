@@ -10,12 +10,12 @@ from hypothesis import strategies as st
 from msgspec.structs import replace
 
 from ztunnel.core import capture
-from ztunnel.core.decisions import Decisions, Waiting
+from ztunnel.core.decisions import SOURCES_MAX, Decisions, Waiting
 from ztunnel.core.drain import Drain, Phase
 from ztunnel.core.messages import AskRoute, AskVerdict, Hop, Route, Verdict
 from ztunnel.core.pool import IDLE_S, STREAMS_MAX, Pool, PoolKey
 
-KEY = PoolKey("spiffe://a", ("spiffe://b",), "10.0.0.2", 15008, "10.0.0.1")
+KEY = PoolKey("spiffe://a", ("spiffe://b",), "10.0.0.2", 15008, "uid-a")
 
 
 def test_streams_share_a_tunnel_up_to_a_hundred_and_then_take_another():
@@ -242,3 +242,43 @@ def test_what_is_kept_or_asked_for_again_is_not_forgotten_on_the_other_side() ->
     routes, verdicts = decisions.take_forgotten([("uid", "10.0.0.1", 2)], [])
     assert routes == (("uid", "10.0.0.1", 3),) and verdicts == ()
     assert decisions.take_forgotten([], []) == ((), ())
+
+
+def test_connections_that_stay_open_do_not_make_every_later_verdict_immortal():
+    """A peer that keeps a few connections open and then tries every port must not fill the memory."""
+    decisions = Decisions(kept_max=100)
+    for port in range(1, 71):
+        decisions.put_verdict(verdict(True, port=port))
+        assert decisions.hold((*VERDICT_KEY[:2], port, VERDICT_KEY[3]), "10.1.1.1", Holder())
+    for port in range(1000, 3000):
+        decisions.put_verdict(verdict(False, port=port))
+    kept = sum(
+        decisions.verdict((*VERDICT_KEY[:2], port, VERDICT_KEY[3]), "10.1.1.1") is not None for port in range(1, 3000)
+    )
+    assert kept <= 103
+    for port in range(1, 71):
+        assert decisions.verdict((*VERDICT_KEY[:2], port, VERDICT_KEY[3]), "10.1.1.1") is not None
+
+
+def test_source_addresses_of_one_verdict_are_bounded_and_those_relied_on_stay():
+    decisions, holder = Decisions(), Holder()
+    decisions.put_verdict(verdict(True, source_ip="fd00::"))
+    decisions.hold(VERDICT_KEY, "fd00::", holder)
+    for number in range(1, 3 * SOURCES_MAX):
+        decisions.put_verdict(verdict(True, source_ip=f"fd00::{number:x}"))
+    kept = [n for n in range(3 * SOURCES_MAX) if decisions.verdict(VERDICT_KEY, f"fd00::{n:x}" if n else "fd00::")]
+    assert len(kept) == SOURCES_MAX and kept[0] == 0
+    assert len(decisions.forgotten_verdicts) == 2 * SOURCES_MAX
+
+
+def test_an_answer_that_was_under_way_when_its_key_was_evicted_is_not_taken_up():
+    """The other side forgets the key with the eviction and would never change such an answer."""
+    decisions = Decisions()
+    assert not decisions.keeps(route(1)) and not decisions.keeps(verdict(True))
+    decisions.put_route(route(1))
+    decisions.put_verdict(verdict(True, source_ip="10.1.1.1"))
+    assert decisions.keeps(route(2)) and not decisions.keeps(route(2, "10.9.9.8"))
+    assert decisions.keeps(verdict(True, source_ip="10.1.1.1")) and decisions.keeps(verdict(True))
+    assert not decisions.keeps(verdict(True, source_ip="10.1.1.2"))
+    decisions.put_verdict(verdict(True))
+    assert decisions.keeps(verdict(True, source_ip="10.1.1.2"))  # asked again when it came to depend on the address

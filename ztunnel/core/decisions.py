@@ -7,6 +7,7 @@ generation never replaces a newer one.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Container
 from typing import Final, Generic, Protocol, TypeVar
 
@@ -17,6 +18,10 @@ NOT_SYNCED: Final = "not_synced"
 """The reason of an answer that knows nothing: it serves who waits, is not kept, and replaces nothing. A control
 process that was restarted while the control plane is away must not undo what its predecessor decided."""
 WAITING_MAX: Final = 8192
+SOURCES_MAX: Final = 1024
+"""Source addresses of which one verdict is kept; an IPv6 client has more addresses than any memory."""
+
+_SEARCHED: Final = 64
 
 A = TypeVar("A")
 
@@ -55,6 +60,9 @@ class Waiting(Generic[A]):
             self._count -= len(known[1])
             for callback in known[1]:
                 callback(answer)
+
+    def __contains__(self, key: object) -> bool:
+        return key in self._open
 
     def keys(self) -> list[tuple[object, ...]]:
         return list(self._open)
@@ -134,6 +142,14 @@ class Decisions:
         self.forgotten_verdicts.clear()
         return routes, verdicts
 
+    def keeps(self, answer: Route | Verdict) -> bool:
+        """Whether an answer is about something kept here. Another one that nobody asked for was under way when its
+        key was evicted: kept, it would be an answer that the other side has forgotten and never changes."""
+        if isinstance(answer, Route):
+            return (answer.source, answer.ip, answer.port) in self._routes
+        entry = self._verdicts.get((answer.destination, answer.destination_ip, answer.port, answer.identity))
+        return entry is not None and (not answer.source_ip or answer.source_ip in entry or "" in entry)
+
     # --- verdicts ------------------------------------------------------------------------------------------
 
     def verdict(self, key: VerdictKey, source_ip: str) -> Decision | None:
@@ -173,6 +189,8 @@ class Decisions:
                     decision.holders[holder] = source_ip
                 else:
                     orphans.append((holder, source_ip))
+        if len(entry) >= SOURCES_MAX:
+            self._evict_source(key, entry)
         entry[verdict.source_ip] = decision
         self._revoke(decision)
         return decision, orphans
@@ -199,13 +217,26 @@ class Decisions:
             decision.holders.pop(holder, None)
 
     def _evict_verdict(self) -> None:
-        """Drop the oldest verdict nobody relies on (among the first few; rather one too many than a long search)."""
-        for index, (key, entry) in enumerate(self._verdicts.items()):
-            if not any(decision.holders for decision in entry.values()):
-                del self._verdicts[key]
-                self.forgotten_verdicts.extend((*key, source_ip) for source_ip in entry)
+        """Drop the oldest verdicts nobody relies on until there is room, among the first few. Those that are relied on
+        go to the end, for the next search: connections that stay open must not make the rest immortal."""
+        for key in list(itertools.islice(self._verdicts, _SEARCHED)):
+            entry = self._verdicts.pop(key)
+            if any(decision.holders for decision in entry.values()):
+                self._verdicts[key] = entry
+                continue
+            self.forgotten_verdicts.extend((*key, source_ip) for source_ip in entry)
+            if len(self._verdicts) < self._kept_max:
                 return
-            if index >= 64:
+
+    def _evict_source(self, key: VerdictKey, entry: dict[str, Decision]) -> None:
+        """The same among the source addresses of one verdict."""
+        for source_ip in list(itertools.islice(entry, _SEARCHED)):
+            decision = entry.pop(source_ip)
+            if decision.holders:
+                entry[source_ip] = decision
+                continue
+            self.forgotten_verdicts.append((*key, source_ip))
+            if len(entry) < SOURCES_MAX:
                 return
 
     # --- both ----------------------------------------------------------------------------------------------

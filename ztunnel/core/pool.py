@@ -23,8 +23,9 @@ class PoolKey(NamedTuple):
     """SPIFFE IDs of which the peer must prove one."""
     ip: str
     port: int
-    source_ip: str
-    """Address of the pod the tunnel comes from."""
+    pod: str
+    """UID of the pod the tunnel comes from. Not the connection's source address: an application chooses that among
+    all of 127.0.0.0/8 and would have a tunnel of its own for each; and a later pod may have an earlier one's."""
 
 
 class Slot(Generic[T]):

@@ -123,7 +123,7 @@ class Link:
         self._certificates.expire(now)
         decisions = self.decisions
         if decisions.forgotten_routes or decisions.forgotten_verdicts:
-            routes, verdicts = decisions.take_forgotten(self._routes.keys(), self._verdicts.keys())
+            routes, verdicts = decisions.take_forgotten(self._routes, self._verdicts)
             self.send(m.Forget(routes=routes, verdicts=verdicts))
 
     # --- the stream ----------------------------------------------------------------------------------------
@@ -236,8 +236,9 @@ class Link:
             return
         match message:
             case m.Route():
-                route = self.decisions.put_route(message)
-                self._routes.answer((route.source, route.ip, route.port), route)
+                key = (message.source, message.ip, message.port)
+                if key in self._routes or self.decisions.keeps(message):
+                    self._routes.answer(key, self.decisions.put_route(message))
             case m.Verdict():
                 self._put_verdict(message)
             case m.Certificate():
@@ -252,14 +253,20 @@ class Link:
                 self._owner.count("control_messages_refused")
 
     def _put_verdict(self, verdict: m.Verdict) -> None:
-        decision, orphans = self.decisions.put_verdict(verdict)
         key = (verdict.destination, verdict.destination_ip, verdict.port, verdict.identity)
-        waiting = [known for known in self._verdicts.keys() if known[:4] == key]  # noqa: SIM118
+        waiting: list[tuple[object, ...]]
+        if verdict.source_ip:
+            exact = (*key, verdict.source_ip)
+            waiting = [exact] if exact in self._verdicts else []
+        else:
+            waiting = [known for known in self._verdicts.keys() if known[:4] == key]  # noqa: SIM118
+        if not waiting and not self.decisions.keeps(verdict):
+            return
+        decision, orphans = self.decisions.put_verdict(verdict)
         for known in waiting:
-            if verdict.source_ip in ("", known[4]):
-                if not decision.asked_ip:
-                    decision.asked_ip = str(known[4])
-                self._verdicts.answer(known, decision)
+            if not decision.asked_ip:
+                decision.asked_ip = str(known[4])
+            self._verdicts.answer(known, decision)
         for holder, source_ip in orphans:
             self._ask_for(key, source_ip, holder)
 

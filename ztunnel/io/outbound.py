@@ -140,7 +140,7 @@ class OutboundRelay(StreamRelay):
     def _checkout(self) -> None:
         route, hop = self._route, self._hop
         assert route is not None and hop is not None
-        key = PoolKey(route.identity, hop.identities, hop.ip, hop.port, self._captured.client_ip)
+        key = PoolKey(route.identity, hop.identities, hop.ip, hop.port, self.pod.pod.uid)
         slot = self.worker.pool.checkout(key)
         if slot is None:
             self.worker.link.credential(route.identity, lambda credential: self._create(key, credential))
