@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import random
 import selectors
@@ -13,7 +14,9 @@ from collections.abc import Iterator
 import pytest
 
 from tests.support.require import require
-from tests.ztunnel.harness import Mesh, mesh, wait_until
+from tests.ztunnel.harness import Mesh, WorkerProcess, mesh, wait_until
+from ztunnel.core import messages as m
+from ztunnel.io.inbound import PORTS_TRIED_MAX
 
 pytestmark = pytest.mark.net
 RESET = struct.pack("ii", 1, 0)
@@ -200,3 +203,48 @@ def test_a_thousand_connections_at_once_with_random_sizes_and_half_closes_are_by
         stop.set()
         server.join()
     assert path.client.rss_mb() < 60 and path.server.rss_mb() < 60
+
+
+def test_a_delivery_takes_another_port_where_the_application_still_has_a_connection_with_the_first():
+    require("net")
+    with mesh(port=3) as it:
+        listening = it.b.listen(it.ip, it.port)
+        near = it.connect()
+        near.sendall(b"x")
+        far, _ = listening.accept()
+        assert far.recv(1) == b"x"
+        wait_until(lambda: it.server.control.counters.get("delivery_port_taken") == 3, "the ports that were taken")
+        assert not it.server.control.counters.get("delivery_refused")
+        near.close()
+        far.close()
+
+
+def test_a_delivery_without_a_free_port_is_refused_after_a_bounded_search():
+    require("net")
+    with mesh(port=2) as it:
+        it.b.listen(it.ip, it.port)
+        near = it.connect()
+        with pytest.raises(ConnectionResetError):
+            near.recv(1)
+        wait_until(lambda: it.server.control.counters.get("delivery_refused") == 1, "the refusal")
+        assert it.server.control.counters["delivery_port_taken"] == PORTS_TRIED_MAX - 1
+
+
+def test_an_application_that_binds_other_addresses_gets_no_further_tunnels():
+    """127.0.0.0/8 is free to all: an address of its own for each connection must not be a tunnel of its own."""
+    require("net")
+    with mesh() as it, contextlib.ExitStack() as open_ones:
+        it.client.close()
+        it.client = WorkerProcess(it.authority, original=it.vip, client="each")
+        it.set_route()
+        assert not it.client.put(it.pod_a, it.a, {"outbound4": it.a.listen("127.0.0.1", 15011)}).error
+        listening = it.b.listen(it.ip, it.port)
+        for _ in range(8):
+            near = open_ones.enter_context(it.a.connect("127.0.0.1", 15011))
+            near.sendall(b"x")
+            far, _ = listening.accept()
+            open_ones.enter_context(far)
+            assert far.recv(1) == b"x"
+        it.client.control.send(m.AskConnections(number=1))
+        told = wait_until(lambda: it.client.control.connections, "what is open")
+        assert len(told.rows) == 8 and len(told.tunnels) == 1

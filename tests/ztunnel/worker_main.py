@@ -2,17 +2,20 @@
 
 usage: python -m tests.ztunnel.worker_main PARENT_FD CONTROL_FD ORIGINAL_IP ORIGINAL_PORT CLIENT_IP [SETTINGS_JSON]
 
-Every captured connection was dialled to ORIGINAL by CLIENT.
+Every captured connection was dialled to ORIGINAL by CLIENT, or each by another one if CLIENT is "each".
 """
 
 from __future__ import annotations
 
+import errno
+import itertools
 import json
 import os
 import sys
 from typing import NamedTuple
 
 from ambient.errors import PlatformFault
+from ambient.io.bpf_sys import BpfFault
 from ambient.settings import NodeSettings
 from ztunnel.io.worker import run_worker
 
@@ -27,12 +30,16 @@ class Redirect(NamedTuple):
 
 
 class PlainKernel:
-    """Every accepted connection has the same record; deliveries are let through, to port 1 never."""
+    """Every accepted connection has the same record; deliveries are let through, to port 1 never, to port 2 never for
+    the address chosen, to port 3 only with the fourth."""
 
     def __init__(self, original: str, port: int, client: str) -> None:
         self._redirect = Redirect(original, port, "", 0, client, 40000)
+        self._numbers = itertools.count(1)
 
     def take_redirect(self, cookie: int) -> Redirect | None:
+        if self._redirect.client == "each":
+            return self._redirect._replace(client=f"127.0.0.{next(self._numbers)}")
         return self._redirect if self._redirect.original_port else None
 
     def authorize_delivery(
@@ -49,6 +56,8 @@ class PlainKernel:
     ) -> None:
         if local_port == 1:
             raise PlatformFault("authorized is full")
+        if local_port == 2 or (local_port == 3 and next(self._numbers) <= 3):
+            raise BpfFault("origins", errno.EEXIST)
 
     def withdraw_delivery(self, local: str, local_port: int, remote: str, remote_port: int) -> None:
         pass

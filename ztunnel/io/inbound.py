@@ -29,6 +29,8 @@ if TYPE_CHECKING:
 
 HANDSHAKES_MAX = 1024
 TUNNELS_MAX = 8192
+PORTS_TRIED_MAX = 16
+"""Of one delivery, before it is refused."""
 
 
 class Delivery:
@@ -48,12 +50,32 @@ class Delivery:
 
     def begin(self, client_ip: str, client_port: int) -> None:
         worker = self._worker
+        taken: list[Socket] = []
         try:
             worker.namespaces.enter(self._pod.netns)
-            self.sock = sockets.stream_socket(self._ip)
-            self.sock.bind((self._ip, 0))
-            self._local_port = self.sock.getsockname()[1]
-            worker.delivering.add((self._ip, self._local_port))
+            while not self._take_port(client_ip, client_port, last=len(taken) == PORTS_TRIED_MAX - 1):
+                if self.sock is not None:
+                    taken.append(self.sock)  # stays bound, so that the next port is another one
+                    self.sock = None
+        except (OSError, AmbientError, ValueError) as error:
+            worker.count("delivery_refused")
+            self._fail(f"delivery to {self._pod.pod.name}: {error}")
+            return
+        finally:
+            for sock in taken:
+                sock.close()
+        assert self.sock is not None
+        self._connecting = Connecting(worker, self.sock, self._connected)
+        self._connecting.begin(self._ip, self._port)
+
+    def _take_port(self, client_ip: str, client_port: int, *, last: bool) -> bool:
+        """False if the application still has a connection with the port that was found: its entry is not ours to
+        replace, or that connection would be shown another client."""
+        worker = self._worker
+        self.sock = sockets.stream_socket(self._ip)
+        self.sock.bind((self._ip, 0))
+        self._local_port = self.sock.getsockname()[1]
+        try:
             worker.kernel.authorize_delivery(
                 self._ip,
                 self._port,
@@ -63,12 +85,13 @@ class Delivery:
                 client=client_ip,
                 client_port=client_port,
             )
-        except (OSError, AmbientError, ValueError) as error:
-            worker.count("delivery_refused")
-            self._fail(f"delivery to {self._pod.pod.name}: {error}")
-            return
-        self._connecting = Connecting(worker, self.sock, self._connected)
-        self._connecting.begin(self._ip, self._port)
+        except AmbientError as error:
+            if last or getattr(error, "errno", 0) != errno.EEXIST:
+                raise
+            worker.count("delivery_port_taken")
+            return False
+        worker.delivering.add((self._ip, self._local_port))
+        return True
 
     def _connected(self, error: int) -> None:
         self._connecting = None
