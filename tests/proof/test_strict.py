@@ -7,9 +7,11 @@ so probes are known by the socket that makes them.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import PurePosixPath
 
 import pytest
 
+from ambient.io import cgroup
 from ambient.lab.driver import eventually
 from tests.support.mesh import APPS, PORT, STRICT, Mesh, authorization, is_ready, pod, service
 
@@ -103,7 +105,7 @@ def test_masqueraded_node_port_traffic_is_refused_by_strict_while_probes_pass(
 
 
 def test_a_process_of_the_node_that_is_not_the_kubelet_is_no_probe(mesh: Mesh, shop: str, strict: None) -> None:
-    """Same namespace and same source address as the kubelet's probes, another cgroup."""
+    """Same namespace and same source address as the kubelet's probes, and below the node's cgroup: another one."""
     program = (
         "import socket\n"
         "try:\n"
@@ -111,8 +113,15 @@ def test_a_process_of_the_node_that_is_not_the_kubelet_is_no_probe(mesh: Mesh, s
         " print(s.makefile().readline())\n"
         "except OSError as e: print('error',e)\n"
     )
-    said = mesh.run(["ip", "netns", "exec", mesh.plan("node2").netns, "python3", "-c", program])
-    assert '"pod"' not in said
+    plan = mesh.plan("node2")
+
+    def said(group: PurePosixPath) -> str:
+        procs = cgroup.mount_point() / group / "cgroup.procs"
+        script = f'echo $$ > {procs} && exec ip netns exec {plan.netns} python3 -c "$0"'
+        return mesh.run(["sh", "-c", script, program])
+
+    assert '"pod"' not in said(plan.agent_cgroup)
+    assert '"pod"' in said(plan.kubelet_cgroup), "the same program in the kubelet's cgroup is let through"
 
 
 def test_policies_decide_by_principal_and_name_themselves_in_the_log(mesh: Mesh, shop: str) -> None:
