@@ -313,7 +313,7 @@ class Worker:
             self.remove_reader(self._parent_fd)
             self._parent = None
             self.log("warn", "the parent is gone; serving on until the next ztunnel does")
-            self.later(ORPHAN_S, self.stop, self.settings.drain_s)
+            self.later(ORPHAN_S, lambda: self.stop(self.settings.drain_s))
             return
         message, fds = packet
         self._handle(message, fds)
