@@ -28,6 +28,7 @@ _COMMANDS: dict[str, tuple[str, str]] = {
     "diff": ("ambient.cli.operate:diff", "Does the kernel hold what it should? Repair it."),
     "bypass": ("ambient.cli.operate:bypass", "Switch capture off in the kernel, and on again."),
     "namespace": ("ambient.cli.namespace:namespace", "List, enrol and unenrol namespaces."),
+    "bench": ("ambient.cli.bench:bench", "What the mesh costs here, beside no mesh and beside Envoy."),
     "log": ("ambient.cli.state:log", "Show or set ztunnel's log level."),
     "version": ("ambient.cli.version:version", "Versions of this program, its layout and the kernel."),
     "control": ("ambient.cli.processes:control", "Run the control plane."),

@@ -17,6 +17,7 @@ import tempfile
 import time
 from pathlib import Path
 
+from ambient.bench.measure import read_wrk
 from tests.ztunnel.harness import ROOT, Mesh, mesh, wait_until
 
 AIMS = {"p50_c1": 1.9, "rps_c32": 0.32, "rps_c256": 0.33, "new_connections": 0.30, "stream_per_rps": 0.055}
@@ -35,15 +36,8 @@ def wrk(it: Mesh, url: str, connections: int, seconds: float, *headers: str) -> 
     for header in headers:
         arguments += ["-H", header]
     out = it.a.run("wrk", *arguments, url, capture_output=True, check=True).stdout
-    p50 = re.search(r"50%\s+([\d.]+)(us|ms|s)", out)
-    rps = re.search(r"Requests/sec:\s+([\d.]+)", out)
-    errors = re.search(r"Socket errors: connect (\d+), read (\d+), write (\d+), timeout (\d+)", out)
-    assert p50 and rps, out
-    return {
-        "p50_us": float(p50[1]) * {"us": 1, "ms": 1e3, "s": 1e6}[p50[2]],
-        "rps": float(rps[1]),
-        "errors": sum(map(int, errors.groups())) if errors else 0,
-    }
+    found = read_wrk(out)
+    return {"p50_us": found["p50_us"], "rps": found["per_s"], "errors": found["errors"]}
 
 
 def iperf(it: Mesh, host: str, port: int, size: int, seconds: float) -> float:
