@@ -230,7 +230,6 @@ class AuthorizedValue(Record):
     created_ns: int
     workload: int
     reason: int
-    netns: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -240,7 +239,6 @@ class OriginValue(Record):
     created_ns: int
     accepted: int
     client_port: int
-    netns: int = 0
 
 
 @dataclass(frozen=True, slots=True)

@@ -142,6 +142,7 @@ class ServiceSpec(Slim, frozen=True):
     type: str = "ClusterIP"
     cluster_ip: str = msgspec.field(default="", name="clusterIP")
     cluster_ips: list[str] | None = msgspec.field(default=None, name="clusterIPs")
+    ip_families: list[str] | None = None
     ports: list[ServicePort] | None = None
     selector: dict[str, str] | None = None
     publish_not_ready_addresses: bool = False

@@ -6,7 +6,7 @@ from the slices, where Kubernetes has already resolved named ports per pod.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 
 from ambient.errors import ConfigFault
@@ -16,6 +16,7 @@ from ambient.manifest.mesh import Mesh
 from ambient.manifest.problems import Problem, reference
 from ambient.model.address import IPAddress, parse_ip
 from ambient.model.workload import (
+    AddressFamilies,
     AppProtocol,
     LoadBalancing,
     LoadBalancingMode,
@@ -76,9 +77,20 @@ def service_of(service: objects.Service, mesh: Mesh) -> tuple[Service | None, tu
             vips=tuple(dict.fromkeys(vips)),
             ports=tuple(sorted(ports, key=lambda p: p.service_port)),
             load_balancing=balancing,
+            families=_families(service.spec.ip_families or ()),
         ),
         problems,
     )
+
+
+def _families(names: Collection[str]) -> AddressFamilies:
+    """What a service says of its families; what is not said, or not known, is not restricted."""
+    four, six = "IPv4" in names, "IPv6" in names
+    if four and six:
+        return AddressFamilies.DUAL
+    if four or six:
+        return AddressFamilies.IPV4_ONLY if four else AddressFamilies.IPV6_ONLY
+    return AddressFamilies.AUTOMATIC
 
 
 def _checked_port(where: str, number: int) -> int:

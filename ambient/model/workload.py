@@ -135,6 +135,19 @@ class Workload:
         return self.protocol is TunnelProtocol.HBONE
 
 
+class AddressFamilies(enum.Enum):
+    """Which addresses a service has (WDS IPFamilies, same numbers): for a headless one there is no other sign."""
+
+    AUTOMATIC = 0
+    IPV4_ONLY = 1
+    IPV6_ONLY = 2
+    DUAL = 3
+
+    def accepts(self, version: int) -> bool:
+        """``version`` is 4 or 6."""
+        return self.value in (0, 3) or (self is AddressFamilies.IPV4_ONLY) == (version == 4)
+
+
 @dataclass(frozen=True, slots=True)
 class Service:
     """A Kubernetes Service (WDS Service). ``vips`` is empty for a headless service."""
@@ -148,6 +161,7 @@ class Service:
     load_balancing: LoadBalancing = field(default_factory=LoadBalancing)
     waypoint: GatewayAddress | None = None
     network: str = ""
+    families: AddressFamilies = AddressFamilies.AUTOMATIC
 
     @property
     def key(self) -> str:

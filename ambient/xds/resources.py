@@ -21,6 +21,7 @@ from ambient.errors import PeerFault
 from ambient.model.address import IPAddress, IPNetwork, unpack_ip
 from ambient.model.identity import DEFAULT_TRUST_DOMAIN
 from ambient.model.workload import (
+    AddressFamilies,
     AppProtocol,
     GatewayAddress,
     LoadBalancing,
@@ -130,6 +131,7 @@ def encode_service(service: Service) -> Resource:
         out.addresses.add(network=service.network, address=vip.packed)
     _put_ports(out.ports, service.ports)
     out.subject_alt_names.extend(service.subject_alt_names)
+    out.ip_families = service.families.value  # type: ignore[assignment]
     if service.load_balancing != LoadBalancing():
         balance = service.load_balancing
         out.load_balancing.routing_preference.extend(s.value for s in balance.preference)  # type: ignore[misc]
@@ -288,6 +290,7 @@ def _read_service(name: str, message: workload_pb2.Service) -> Service:
         if message.HasField("waypoint")
         else None,
         network=next(iter(networks), ""),
+        families=read_enum(name, "ip_families", AddressFamilies, message.ip_families),
     )
     if service.key != name:
         raise fault(name, "hostname", f"{service.key[:200]!r} is not the resource's name")

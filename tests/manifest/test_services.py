@@ -70,6 +70,17 @@ def test_a_headless_service_has_no_address() -> None:
     assert converted(service(clusterIP="None", clusterIPs=["None"])).vips == ()
 
 
+@pytest.mark.parametrize(
+    ("families", "four", "six"),
+    [(["IPv4"], True, False), (["IPv6"], False, True), (["IPv6", "IPv4"], True, True), (None, True, True)],
+)
+def test_a_headless_service_says_by_its_families_which_addresses_are_meant(
+    families: list[str] | None, four: bool, six: bool
+) -> None:
+    made = converted(service(clusterIP="None", clusterIPs=["None"], ipFamilies=families))
+    assert (made.families.accepts(4), made.families.accepts(6)) == (four, six)
+
+
 def test_an_external_name_is_left_out_with_a_notice() -> None:
     made, problems = service_of(service(type="ExternalName", externalName="example.org"), Mesh())
     assert made is None

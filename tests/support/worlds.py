@@ -19,6 +19,7 @@ from ambient.model.policy import (
     StringMatch,
 )
 from ambient.model.workload import (
+    AddressFamilies,
     AppProtocol,
     GatewayAddress,
     LoadBalancing,
@@ -87,6 +88,7 @@ services = st.builds(
     vips=tuples(ips),
     network=st.just(""),
     ports=port_lists,
+    families=st.sampled_from(AddressFamilies),
     subject_alt_names=tuples(texts),
     load_balancing=st.builds(
         LoadBalancing, tuples(st.sampled_from(LoadBalancingScope)), st.sampled_from(LoadBalancingMode), st.booleans()

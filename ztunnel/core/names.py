@@ -85,7 +85,8 @@ class Names:
         service = self.world.services[key]
         if service.vips:
             return service.vips
-        return tuple(a for w in self.world.serving(service) for a in w.addresses)
+        every = (a for w in self.world.serving(service) for a in w.addresses)
+        return tuple(a for a in every if service.families.accepts(fold(a).version))
 
     def _wildcard(self, name: str) -> Mapping[str, str] | None:
         """A service with a hostname like ``*.example.org``; the longest suffix wins."""

@@ -74,7 +74,6 @@ class Kernel(Protocol):
         generation: int = 0,
         client: str = "",
         client_port: int = 0,
-        netns: int = 0,
     ) -> None: ...
 
     def withdraw_delivery(self, local: str, local_port: int, remote: str, remote_port: int) -> None: ...
@@ -109,7 +108,6 @@ class LazyMaps:
         generation: int = 0,
         client: str = "",
         client_port: int = 0,
-        netns: int = 0,
     ) -> None:
         self._open().authorize_delivery(
             local,
@@ -120,7 +118,6 @@ class LazyMaps:
             generation=generation,
             client=client,
             client_port=client_port,
-            netns=netns,
         )
 
     def withdraw_delivery(self, local: str, local_port: int, remote: str, remote_port: int) -> None:
