@@ -5,13 +5,16 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import click
 
+from ambient.cli.filters import Filter, filter_options
 from ambient.cli.output import emit, output_option
 from ambient.cli.target import Target, find_nodes, target_options
+from ambient.cli.watch import Rates, show, ticks, watch_options
 from ambient.datapath import render
 from ambient.datapath.describe import MAP_PURPOSE
 from ambient.errors import ConfigFault
@@ -65,9 +68,9 @@ def read_names(settings: NodeSettings, maps: Maps) -> render.Names:
     return render.Names(workloads, services, addresses, identities, policies)
 
 
-def overview(settings: NodeSettings) -> list[Row]:
+def overview(settings: NodeSettings, opened: Maps | None = None) -> list[Row]:
     """One row per map: how full it is and what it is for."""
-    with Maps.open(settings.bpffs_dir) as maps:
+    with nullcontext(opened) if opened is not None else Maps.open(settings.bpffs_dir) as maps:
         rows = []
         for name in SPEC:
             table = maps.tables.get(name)
@@ -102,34 +105,124 @@ def raw_rows(settings: NodeSettings, name: str) -> list[Row]:
         return found
 
 
+def watch_maps(nodes: tuple[NodeSettings, ...], interval: float, count: int | None, output: str) -> None:
+    """All maps: entries that came and went per second, events per second for counters."""
+    rates = Rates()
+    for now in ticks(interval, count):
+        rows: list[Row] = []
+        for node in nodes:
+            with Maps.open(node.bpffs_dir) as opened:
+                for row in overview(node, opened):
+                    rows.append(_with_rates(rates, now, node.node_name, row, opened))
+        show(rows, output, ("node", "name", "entries", "limit", "added_s", "removed_s", "events_s"))
+
+
+def _with_rates(rates: Rates, now: float, node: str, row: Row, opened: Maps) -> Row:
+    name = row["name"]
+    added = removed = events = None
+    if name == "counters":
+        events = rates.number((node, name), now, sum(opened.counters().values()))
+    elif row["entries"] is not None and name != "settings":
+        added, removed = rates.entries((node, name), now, opened.tables[name].list_keys())
+    return {**row, "added_s": added, "removed_s": removed, "events_s": events}
+
+
+def watch_rows(
+    nodes: tuple[NodeSettings, ...], name: str, only: Filter, interval: float, count: int | None, output: str
+) -> None:
+    """One map: its rows, those that are new marked with a plus, counters with their rate."""
+    rates = Rates()
+    before: set[str] | None = None
+    for now in ticks(interval, count):
+        rows = _rows_of(nodes, name, only)
+        if name == "counters":
+            rows = [{**r, "per_s": rates.number((r["node"], r["reason"]), now, r["count"])} for r in rows]
+        else:
+            identities = [_identity(row) for row in rows]
+            rows = [
+                {**row, "new": before is not None and identity not in before}
+                for row, identity in zip(rows, identities, strict=True)
+            ]
+            before = set(identities)
+        hidden = _NOT_IN_TABLE.get(name, ())
+        show(rows, output, [column for column in (rows[0] if rows else ()) if column not in hidden])
+
+
+def _identity(row: Row) -> str:
+    """What of a row stays while its entry does."""
+    return json.dumps({k: v for k, v in row.items() if k not in _MOVING}, default=str, sort_keys=True)
+
+
+_MOVING = (
+    "age_s",
+    "flows",
+    "refused",
+    "state",
+    "sent_native",
+    "sent_redirected",
+    "received_native",
+    "received_redirected",
+    "switches",
+    "value",
+)
+
+
+def _rows_of(nodes: tuple[NodeSettings, ...], name: str, only: Filter) -> list[Row]:
+    rows: list[Row] = []
+    for node in nodes:
+        with Maps.open(node.bpffs_dir) as opened:
+            found = _ROWS[name](opened, read_names(node, opened))
+        rows += [{"node": node.node_name, **row} for row in only.apply(found, name)]
+    return rows
+
+
 @click.command()
 @click.argument("name", required=False)
 @click.option("--raw", is_flag=True, help="Keys and values as hexadecimal bytes.")
+@filter_options
+@watch_options
 @target_options
 @output_option
-def maps(name: str | None, raw: bool, target: Target, output: str) -> None:
+def maps(
+    name: str | None,
+    raw: bool,
+    only: Filter,
+    watch: bool,
+    interval: float,
+    count: int | None,
+    target: Target,
+    output: str,
+) -> None:
     """List every kernel map, or show the entries of one: redirects, workloads, enrolled, ...
 
     \b
     Example:
       ambient maps
       ambient maps redirects --node node1
-      ambient maps workloads -o json
+      ambient maps workloads --namespace shop -o json
+      ambient maps counters --watch
     """
     nodes = find_nodes(target)
     if name is None:
+        if only:
+            raise ConfigFault("filter", "maps", "name a map to see rows of: ambient maps workloads --pod NAME")
+        if watch:
+            watch_maps(nodes, interval, count, output)
+            return
         emit([row for node in nodes for row in overview(node)], output, ("node", "name", "entries", "limit", "what"))
         return
     if name not in _ROWS:
         rule = _NOT_LISTABLE.get(name, f"is none of {', '.join(_ROWS)}")
         raise ConfigFault("map", name, rule)
-    rows: list[Row] = []
-    for node in nodes:
-        if raw and name not in ("counters", "settings"):
-            rows += raw_rows(node, name)
-        else:
-            with Maps.open(node.bpffs_dir) as opened:
-                rows += [{"node": node.node_name, **row} for row in _ROWS[name](opened, read_names(node, opened))]
+    if watch:
+        watch_rows(nodes, name, only, interval, count, output)
+        return
+    if raw and name not in ("counters", "settings"):
+        if only:
+            raise ConfigFault("filter", name, "bytes have no names: leave --raw out")
+        rows = [row for node in nodes for row in raw_rows(node, name)]
+    else:
+        rows = _rows_of(nodes, name, only)
     hidden = _NOT_IN_TABLE.get(name, ())
     columns = [column for column in (rows[0] if rows else ()) if column not in hidden]
     emit(rows, output, columns, empty=f"{name} is empty")

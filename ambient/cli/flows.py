@@ -1,0 +1,151 @@
+"""`ambient flows`: every live connection the mesh knows, and the path its bytes take.
+
+Kernel flows come from the map `flows`, all others from ztunnel's admin endpoint. A connection through two ztunnels is
+seen twice, once by each: as Outbound and as Inbound.
+"""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Any
+
+import click
+
+from ambient.cli.filters import Filter, filter_options
+from ambient.cli.maps import read_names
+from ambient.cli.output import emit, output_option
+from ambient.cli.target import Target, find_nodes, target_options
+from ambient.cli.watch import Rates, show, ticks, watch_options
+from ambient.datapath import render
+from ambient.errors import PlatformFault
+from ambient.io.admin_client import ask_json
+from ambient.io.bpf_maps import Maps
+from ambient.settings import NodeSettings
+
+Row = dict[str, Any]
+PATHS = ("redirect", "direct", "ztunnel")
+_COLUMNS = ("node", "path", "source", "destination", "client", "server", "original", "sent", "received", "age_s")
+
+
+def ztunnel_row(found: Row) -> Row:
+    """One connection of ztunnel's as a row; bytes are those to and from the destination."""
+    outbound = found["direction"] == "Outbound"
+    ours, theirs = found["workload"], found["remoteWorkload"]
+    return {
+        "path": "ztunnel",
+        "source": ours if outbound else theirs,
+        "destination": theirs if outbound else ours,
+        "client": found["local"] if outbound else found["remote"],
+        "server": found["remote"] if outbound else found["local"],
+        "original": found["original"],
+        "service": service_name(found["service"]),
+        "sent": found["bytesSent"],
+        "received": found["bytesReceived"],
+        "redirected": 0,
+        "age_s": round(found["durationMs"] / 1000, 1),
+        "identity": found["sourceIdentity"],
+        "policy": found["policy"],
+        "direction": found["direction"].lower(),
+        "protocol": found["protocol"].lower(),
+    }
+
+
+def service_name(host: str) -> str:
+    """``name.namespace.svc.domain`` -> ``namespace/name``; anything else stays."""
+    name, _, rest = host.partition(".")
+    namespace, separator, _ = rest.partition(".svc.")
+    return f"{namespace}/{name}" if separator and "." not in namespace else host
+
+
+def kernel_row(row: Row) -> Row:
+    """A row of the map `flows` as one of all connections. Native bytes are known to the map once an end has closed."""
+    redirected = row["sent_redirected"] + row["received_redirected"]
+    return {
+        "path": "redirect" if redirected else "direct",
+        "source": row["source"],
+        "destination": row["destination"],
+        "client": row["client"],
+        "server": row["server"],
+        "original": row["original"],
+        "service": "",
+        "sent": row["sent_redirected"] + row["sent_native"],
+        "received": row["received_redirected"] + row["received_native"],
+        "redirected": redirected,
+        "age_s": row["age_s"],
+        "identity": row["identity"],
+        "policy": row["policy"],
+        "direction": "local",
+        "protocol": "tcp",
+        "state": row["state"],
+        "acceleration": row["acceleration"],
+    }
+
+
+def kernel_flows(node: NodeSettings) -> list[Row]:
+    """Of one node; none where the programs have no kernel path."""
+    with Maps.open(node.bpffs_dir) as maps:
+        held: Any = getattr(maps, "flows", None)
+        shown: Any = getattr(render, "flows", None)
+        if held is None or shown is None:
+            return []
+        return [kernel_row(row) for row in shown(held.items(), read_names(node, maps), time.monotonic_ns())]
+
+
+def look(nodes: tuple[NodeSettings, ...], only: Filter, path: str | None) -> list[Row]:
+    """Every row of every node. A ztunnel that does not answer is said on stderr; the kernel's flows are shown."""
+    rows: list[Row] = []
+    for node in nodes:
+        found: list[Row] = kernel_flows(node) if path != "ztunnel" else []
+        if path in (None, "ztunnel"):
+            try:
+                answer = ask_json(Path(node.run_dir) / "ztunnel.sock", "/connections")
+                found += [ztunnel_row(row) for row in answer["connections"]]
+            except PlatformFault as fault:
+                click.echo(f"ambient: {fault}", err=True)
+        rows += [{"node": node.node_name, **row} for row in only.apply(found, "flows") if path in (None, row["path"])]
+    return sorted(rows, key=lambda row: (row["node"], PATHS.index(row["path"]), row["age_s"]))
+
+
+def with_rates(rates: Rates, now: float, rows: list[Row]) -> list[Row]:
+    """Rows with bytes per second since the last look."""
+    return [
+        {
+            **row,
+            "bytes_s": rates.number(
+                (row["node"], row["direction"], row["client"], row["server"]), now, row["sent"] + row["received"]
+            ),
+        }
+        for row in rows
+    ]
+
+
+@click.command()
+@click.option("--path", type=click.Choice(PATHS), help="Only connections on this path.")
+@filter_options
+@watch_options
+@target_options
+@output_option
+def flows(
+    path: str | None, only: Filter, watch: bool, interval: float, count: int | None, target: Target, output: str
+) -> None:
+    """Show live connections: their path (redirect, direct or ztunnel), bytes, age and who talks to whom.
+
+    \b
+    redirect  authorized in the kernel, bytes moved from socket to socket
+    direct    authorized in the kernel, plain TCP between the two pods
+    ztunnel   through ztunnel; one row for each ztunnel the connection passes
+
+    \b
+    Example:
+      ambient flows
+      ambient flows --namespace shop --path direct
+      ambient flows --watch -o json
+    """
+    nodes = find_nodes(target)
+    if not watch:
+        emit(look(nodes, only, path), output, _COLUMNS, empty="no connection is open")
+        return
+    rates = Rates()
+    for now in ticks(interval, count):
+        show(with_rates(rates, now, look(nodes, only, path)), output, (*_COLUMNS, "bytes_s"))
