@@ -27,6 +27,12 @@ static __always_inline struct settings_value *current_settings(void)
 	return settings.lookup(&zero);
 }
 
+/* Keys of authorized and origins name addresses, and in a namespace of its own anybody may have any address. */
+static __always_inline int is_here(__u64 entry_netns, __u64 netns)
+{
+	return !entry_netns || entry_netns == netns;
+}
+
 /* Whether the calling process is in one of the cgroups or below one. */
 static __always_inline int current_in(const __u64 *cgroups, int length)
 {

@@ -21,7 +21,7 @@ static __always_inline int shown_peer(struct bpf_sock_addr *ctx, const struct ad
 	key.remote = *peer;
 	key.remote_port = sockaddr_port(ctx);
 	origin = origins.lookup(&key);
-	if (!origin)
+	if (!origin || !is_here(origin->netns, bpf_get_netns_cookie(ctx)))
 		return 0;
 	*shown = origin->client;
 	*port = origin->client_port;

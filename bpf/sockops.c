@@ -85,8 +85,10 @@ static __always_inline void connecting(struct bpf_sock_ops *ctx, struct bpf_sock
 	struct pending_value *kept = pending.sk_storage_get(sk, 0, 0);
 
 	if (!kept) {
+		struct authorized_value *entry = authorized.lookup(&theirs);
+
 		/* ztunnel's own delivery: its entries go with the socket, also when ztunnel is killed. */
-		if (authorized.lookup(&theirs))
+		if (entry && is_here(entry->netns, bpf_get_netns_cookie(ctx)))
 			follow_state(ctx);
 		return;
 	}
@@ -103,14 +105,16 @@ static __always_inline void connecting(struct bpf_sock_ops *ctx, struct bpf_sock
 /* PASSIVE_ESTABLISHED: before accept() can return the socket. */
 static __always_inline void accepting(struct bpf_sock_ops *ctx, const struct tuple_key *own)
 {
+	struct authorized_value *entry;
 	struct origin_value *origin;
+	__u64 netns = bpf_get_netns_cookie(ctx);
 
 	if (own->local_port == PORT_OUTBOUND && address_is_loopback(&own->local)) {
 		struct redirect_key key = {};
 		struct redirect_value value;
 		struct redirect_value *found;
 
-		key.netns = bpf_get_netns_cookie(ctx);
+		key.netns = netns;
 		key.client = own->remote;
 		key.client_port = own->remote_port;
 		key.listener_port = own->local_port;
@@ -128,9 +132,11 @@ static __always_inline void accepting(struct bpf_sock_ops *ctx, const struct tup
 		follow_state(ctx);
 		return;
 	}
-	authorized.delete((struct tuple_key *)own);
+	entry = authorized.lookup((struct tuple_key *)own);
+	if (entry && is_here(entry->netns, netns))
+		authorized.delete((struct tuple_key *)own);
 	origin = origins.lookup((struct tuple_key *)own);
-	if (origin) {
+	if (origin && is_here(origin->netns, netns)) {
 		origin->accepted = bpf_get_socket_cookie(ctx);
 		follow_state(ctx);
 	}
@@ -140,8 +146,10 @@ static __always_inline void closing(struct bpf_sock_ops *ctx, struct bpf_sock *s
 {
 	struct tuple_key theirs = other_end(own);
 	struct pending_value *kept = pending.sk_storage_get(sk, 0, 0);
+	struct authorized_value *entry;
 	struct origin_value *origin;
 	__u64 cookie = bpf_get_socket_cookie(ctx);
+	__u64 netns = bpf_get_netns_cookie(ctx);
 
 	if (kept && kept->state == PENDING_COUNTED) {
 		struct redirect_key key = {};
@@ -178,9 +186,11 @@ static __always_inline void closing(struct bpf_sock_ops *ctx, struct bpf_sock *s
 	if (origin && origin->accepted == cookie)
 		origins.delete(own);
 	/* ztunnel's end: if the application never had one, nothing else will remove the entries. */
-	authorized.delete(&theirs);
+	entry = authorized.lookup(&theirs);
+	if (entry && is_here(entry->netns, netns))
+		authorized.delete(&theirs);
 	origin = origins.lookup(&theirs);
-	if (origin && !origin->accepted)
+	if (origin && !origin->accepted && is_here(origin->netns, netns))
 		origins.delete(&theirs);
 }
 

@@ -230,6 +230,7 @@ class AuthorizedValue(Record):
     created_ns: int
     workload: int
     reason: int
+    netns: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -239,6 +240,7 @@ class OriginValue(Record):
     created_ns: int
     accepted: int
     client_port: int
+    netns: int = 0
 
 
 @dataclass(frozen=True, slots=True)

@@ -295,21 +295,23 @@ class Maps:
         generation: int = 0,
         client: str = "",
         client_port: int = 0,
+        netns: int = 0,
     ) -> None:
         """Let one connection of ztunnel's into a pod, and show the application another client.
 
         ``local`` is the pod's side (where the application listens), ``remote`` the address and port ztunnel's
-        socket is bound to. ``client`` empty shows ``remote`` itself. Both entries or none; BpfFault if full, or with
-        EEXIST if the application still has a connection with these ports: take another port. Call
-        `withdraw_delivery` if the connection does not come about, and only if this succeeded.
+        socket is bound to, ``netns`` the cookie of the pod's namespace. ``client`` empty shows ``remote`` itself.
+        Both entries or none; BpfFault if full, or with EEXIST if the application still has a connection with these
+        ports: take another port. Call `withdraw_delivery` if the connection does not come about, and only if this
+        succeeded.
         """
         key = v.TupleKey(local, remote, local_port, remote_port).encode()
         now = time.monotonic_ns()
         if client:
-            shown = v.OriginValue(client, now, 0, client_port).encode()
+            shown = v.OriginValue(client, now, 0, client_port, netns).encode()
             self.tables["origins"].update(key, shown, bpf_sys.NOEXIST)
         try:
-            value = v.AuthorizedValue(generation, now, workload, LAYOUT["REASON_ZTUNNEL"])
+            value = v.AuthorizedValue(generation, now, workload, LAYOUT["REASON_ZTUNNEL"], netns)
             self.tables["authorized"].update(key, value.encode(), bpf_sys.NOEXIST)
         except BaseException:
             if client:

@@ -166,6 +166,11 @@ class Background:
         self.process = process
         self._lines = _Lines(process.stdout)
 
+    @property
+    def skipped(self) -> list[str]:
+        """Lines that were not the ones waited for."""
+        return self._lines.skipped
+
     def await_output(self, text: str, limit_s: float = 10.0) -> str:
         """The first line with ``text``. PlatformFault with what was printed instead."""
         return self._lines.wait(text, limit_s)
@@ -206,10 +211,11 @@ class _Lines:
         assert stream is not None
         self._fd = stream.fileno()
         self._rest = b""
+        self.skipped: list[str] = []
 
     def wait(self, text: str, limit_s: float = 10.0) -> str:
         """The next line with ``text``. PlatformFault with what came instead."""
-        deadline, seen = time.monotonic() + limit_s, ""
+        deadline = time.monotonic() + limit_s
         while True:
             line, newline, rest = self._rest.partition(b"\n")
             if newline:
@@ -217,12 +223,12 @@ class _Lines:
                 found = line.decode(errors="replace")
                 if text in found:
                     return found
-                seen += found + "\n"
+                self.skipped.append(found)
                 continue
             ready, _, _ = select.select((self._fd,), (), (), max(0.0, deadline - time.monotonic()))
             more = os.read(self._fd, 65536) if ready else b""
             if not more:
-                said = seen[-500:] + line.decode(errors="replace")[-500:]
+                said = "\n".join(self.skipped)[-500:] + line.decode(errors="replace")[-500:]
                 raise PlatformFault(f"waited in vain for a line with {text!r}; there was {said!r}")
             self._rest += more
 

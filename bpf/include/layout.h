@@ -276,8 +276,9 @@ struct authorized_value {
 	__u32 workload;             /* destination workload, which must own the local address */
 	__u16 reason;               /* REASON_PROBE, REASON_ZTUNNEL, REASON_KERNEL */
 	__u16 pad;
+	__u64 netns;                /* cookie of the pod's namespace, where alone the entry may be used up; 0: not known */
 };
-_Static_assert(sizeof(struct authorized_value) == 24, "authorized_value");
+_Static_assert(sizeof(struct authorized_value) == 32, "authorized_value");
 
 /* origins: 4-tuple -> the client address shown to the application by getpeername and accept. */
 struct origin_value {
@@ -286,8 +287,9 @@ struct origin_value {
 	__u64 accepted;             /* cookie of the application's socket once it exists: the entry dies with it */
 	__u16 client_port;
 	__u8 pad[6];
+	__u64 netns;                /* cookie of the pod's namespace: anybody can have its address in another; 0: not known */
 };
-_Static_assert(sizeof(struct origin_value) == 40, "origin_value");
+_Static_assert(sizeof(struct origin_value) == 48, "origin_value");
 
 /* flow_end.state: of the direction in which this end sends. Written by sk_msg only. */
 #define FLOW_NATIVE 0

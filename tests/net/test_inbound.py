@@ -13,7 +13,7 @@ from ambient.datapath.layout import LAYOUT
 from ambient.datapath.values import AuthorizedValue, OriginValue, TupleKey, WorkloadValue
 from ambient.io import bpf_links, cgroup, netns
 from ambient.io.bpf_sys import BpfFault
-from tests.support.netlab import until
+from tests.support.netlab import run_ip, until
 
 pytestmark = [pytest.mark.net, pytest.mark.bpf]
 
@@ -26,7 +26,8 @@ def deliver(node, pod, *, family=INET, client="10.7.7.7", client_port=4242, port
     sock = pod.ztunnel_socket(family)
     local = pod.ip4 if family == INET else pod.ip6
     remote = sock.getsockname()[:2]
-    arguments = {"workload": pod.workload, "generation": 1, "client": client, "client_port": client_port} | changes
+    arguments = {"workload": pod.workload, "generation": 1, "client": client, "client_port": client_port}
+    arguments |= {"netns": pod.cookie} | changes
     node.maps.authorize_delivery(local, port, *remote, **arguments)
     sock.connect((local, port))
     return sock
@@ -174,6 +175,37 @@ class TestDelivery:
         assert peer == app.peer(new) == ("10.8.8.8", 2)
         second.close()
         app.close(new)
+
+    def test_a_stranger_with_the_same_addresses_and_ports_takes_nothing_away(self, node, b, outside):
+        """Who has a namespace of its own, which takes no privilege, can give itself any address there."""
+        app = b.puppet()
+        listening = app.listen(b.ip4)
+        sock = deliver(node, b)
+        accepted, _ = app.accept(listening)
+        waiting = b.ztunnel_socket()
+        key = (b.ip4, 80, *waiting.getsockname())
+        netns_cookie = {"netns": b.cookie}
+        node.maps.authorize_delivery(*key, workload=b.workload, client="10.8.8.8", client_port=2, **netns_cookie)
+        run_ip(outside.fd, f"addr add {b.ip4}/32 dev lo")
+        stranger = outside.puppet()
+        fake = stranger.listen(b.ip4)
+        for port in (sock.getsockname()[1], waiting.getsockname()[1]):
+            slot = stranger.tcp()
+            stranger.call("bind", slot, b.ip4, port)
+            stranger.call("connect", slot, b.ip4, 80)
+            got, peer = stranger.accept(fake)
+            assert peer == (b.ip4, port), "and learns of nobody's client"
+            stranger.close(got)
+            stranger.close(slot)
+        assert app.peer(accepted) == ("10.7.7.7", 4242)
+        waiting.connect((b.ip4, 80))
+        second, peer = app.accept(listening)
+        assert peer == app.peer(second) == ("10.8.8.8", 2)
+        for closing in (sock, waiting):
+            closing.close()
+        for closing in (accepted, second):
+            app.close(closing)
+        stranger.close(fake)
 
     def test_an_entry_lives_until_the_handshake_ends_also_with_syn_cookies(self, node, b):
         with netns.in_netns(b.fd):

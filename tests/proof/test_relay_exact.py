@@ -44,11 +44,14 @@ def run_exact(mesh: Mesh, pair: str, family: int, count: int) -> tuple[dict[str,
     host = mesh.vip(pair, "b", family)
     drive = [built("exact"), "drive", host, "80", str(count), str(BYTES_MAX), str(SEED)]
     with mesh.background(pair, "b", built("exact"), "serve", str(PORT)) as server:
+        server.await_output("listening")
         with mesh.background(pair, "a", *drive) as client:
             driven = json.loads(client.await_output('{"most"', LIMIT_S))
+            print("\n".join(client.skipped[:5]))
         assert server.process.stdin is not None
         server.process.stdin.close()
         served = json.loads(server.await_output('{"most"', 15))
+        print("\n".join(server.skipped[:5]))
     return driven, served
 
 

@@ -18,6 +18,7 @@ import yaml
 from ambient.io.admin_client import ask_json
 from ambient.lab.driver import Driver, eventually
 from ambient.lab.mesh import files_of
+from ambient.settings import NodeSettings, read_settings
 
 APPS = Path(__file__).resolve().parents[1] / "proof" / "apps"
 ECHO = ["python3", str(APPS / "echo.py")]
@@ -160,6 +161,15 @@ class Mesh(Driver):
         """ztunnel's configuration dump."""
         found: dict[str, Any] = ask_json(self.node_dir(node) / "ztunnel.sock", "/config_dump")
         return found
+
+    def agent(self, node: str) -> dict[str, Any]:
+        """The agent's status: pods, programs, whether it is ready."""
+        found: dict[str, Any] = ask_json(self.node_dir(node) / "agent.sock", "/status")
+        return found
+
+    def settings(self, node: str) -> NodeSettings:
+        path = files_of(self.plan(node)).settings
+        return read_settings(NodeSettings, path.read_text(), str(path))
 
     def log(self, process: str) -> str:
         """What a node (agent, ztunnel, holder) or the control plane wrote."""

@@ -53,6 +53,7 @@ class PlainKernel:
         generation: int = 0,
         client: str = "",
         client_port: int = 0,
+        netns: int = 0,
     ) -> None:
         if local_port == 1:
             raise PlatformFault("authorized is full")

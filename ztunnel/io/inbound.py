@@ -84,6 +84,7 @@ class Delivery:
                 workload=self._pod.pod.workload,
                 client=client_ip,
                 client_port=client_port,
+                netns=self._pod.pod.netns_cookie,
             )
         except AmbientError as error:
             if last or getattr(error, "errno", 0) != errno.EEXIST:

@@ -74,6 +74,7 @@ class Kernel(Protocol):
         generation: int = 0,
         client: str = "",
         client_port: int = 0,
+        netns: int = 0,
     ) -> None: ...
 
     def withdraw_delivery(self, local: str, local_port: int, remote: str, remote_port: int) -> None: ...
@@ -108,6 +109,7 @@ class LazyMaps:
         generation: int = 0,
         client: str = "",
         client_port: int = 0,
+        netns: int = 0,
     ) -> None:
         self._open().authorize_delivery(
             local,
@@ -118,6 +120,7 @@ class LazyMaps:
             generation=generation,
             client=client,
             client_port=client_port,
+            netns=netns,
         )
 
     def withdraw_delivery(self, local: str, local_port: int, remote: str, remote_port: int) -> None:

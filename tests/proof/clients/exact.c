@@ -382,6 +382,7 @@ static int run(int listener, int count)
 	if (listener >= 0) {
 		event.data.ptr = &epoll_; /* the listener */
 		epoll_ctl(epoll_, EPOLL_CTL_ADD, listener, &event);
+		printf("listening\n");
 		event.data.ptr = NULL; /* standard input */
 		epoll_ctl(epoll_, EPOLL_CTL_ADD, 0, &event);
 	}

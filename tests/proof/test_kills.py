@@ -1,0 +1,161 @@
+"""Processes are killed under load: no connection is refused, new ones succeed within two seconds, pods stay enrolled.
+
+node1: a ----HBONE---- node2: b. The load is tests/proof/clients/load.c, which also does the killing, so its clock
+starts with the kill.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from ambient.lab.driver import eventually
+from tests.support.clients import children, load, load_server, started_at
+from tests.support.mesh import IDLE, PORT, Mesh, is_enrolled, pod, service
+
+pytestmark = [pytest.mark.lab, pytest.mark.net]
+
+PROBE = {"tcpSocket": {"port": PORT}, "periodSeconds": 1, "failureThreshold": 3}
+BACK_S = 2.0
+"""A new connection succeeds so soon after a kill."""
+RESTARTED_S = 1.0
+GONE = (OSError, ValueError, StopIteration)
+
+
+@pytest.fixture(scope="module")
+def pair(mesh: Mesh) -> Iterator[str]:
+    objects = [pod("a", "node1", command=IDLE), pod("b", "node2", command=load_server(), probe=PROBE), service("b")]
+    with mesh.namespace(*objects) as name:
+        yield name
+
+
+def patience() -> float:
+    """How many times longer everything takes while others use this machine as well; 1 if they do not."""
+    return max(1.0, os.getloadavg()[0] / (os.cpu_count() or 1))
+
+
+def pid_of(mesh: Mesh, node: str, role: str) -> int:
+    """Of worker, control, parent (of ztunnel), agent or holder. One of GONE while there is none."""
+    run_dir = mesh.node_dir(node)
+    file = {"agent": "agent.pid", "holder": "holder.pid"}.get(role, "ztunnel.pid")
+    found = int((run_dir / file).read_text())
+    Path(f"/proc/{found}/stat").stat()
+    if role in ("worker", "control"):
+        name = {"worker": "ztunnel-w0", "control": "ztunnel-control"}[role]
+        return next(pid for pid, comm in children(found).items() if comm == name)
+    return found
+
+
+def successor(mesh: Mesh, node: str, role: str, old: int) -> int:
+    """The process that took the place of a killed one."""
+
+    def look() -> int:
+        try:
+            found = pid_of(mesh, node, role)
+        except GONE:
+            return 0
+        return found if found != old else 0
+
+    return eventually(look, 10, f"another {role} on {node}", pause_s=0.01)
+
+
+def cgroup_pids(mesh: Mesh, node: str, name: str) -> set[int]:
+    """Every process of a node's ztunnel, or of its agent and holder."""
+    settings = mesh.settings(node)
+    path = Path(settings.ztunnel_cgroup if name == "ztunnel" else settings.agent_cgroup)
+    return set(map(int, (path / "cgroup.procs").read_text().split()))
+
+
+def is_back(mesh: Mesh, node: str) -> bool:
+    """Whether everything of a node runs and answers, and nothing that was replaced still does."""
+    try:
+        pids = [pid_of(mesh, node, role) for role in ("worker", "control", "parent", "agent", "holder")]
+    except GONE:
+        return False
+    alone = set(pids) == {*cgroup_pids(mesh, node, "ztunnel"), *cgroup_pids(mesh, node, "agent")}
+    return alone and bool(mesh.dump(node)["workloads"]) and mesh.agent(node)["ready"] is True
+
+
+def annotations_hold(mesh: Mesh, namespace: str) -> bool:
+    return all(is_enrolled(found) for found in mesh.get("pods", "-n", namespace)["items"])
+
+
+def enrolled_rows(mesh: Mesh, namespace: str, node: str) -> set[str]:
+    return {row["workload"] for row in mesh.rows("maps", "enrolled", "--node", node) if namespace in str(row)}
+
+
+@pytest.mark.parametrize("node", ["node1", "node2"], ids=["client's node", "server's node"])
+@pytest.mark.parametrize("role", ["worker", "control", "parent", "agent", "holder"])
+def test_a_kill_refuses_nobody_and_is_over_in_two_seconds(mesh: Mesh, pair: str, role: str, node: str) -> None:
+    eventually(lambda: is_back(mesh, node), 30, f"{node} to be whole")
+    held = {name: enrolled_rows(mesh, pair, name) for name in ("node1", "node2")}
+    assert all(held.values()), held
+    with load(mesh, pair, "a", mesh.vip(pair, "b")) as running:
+        old = pid_of(mesh, node, role)
+        running.kill(old)
+        new = successor(mesh, node, role, old)
+        now = {name: enrolled_rows(mesh, pair, name) for name in ("node1", "node2")}
+        found = running.await_age(2.5)
+        last = running.finish()
+    restarted = started_at(new) - found["begun_at"]
+    slack = patience()
+    print(
+        f"{role} on {node}: restarted after {restarted * 1000:.0f} ms, first success {found['first_ok']:.0f} ms, "
+        f"slowest {found['slowest']:.0f} ms, {last['ok']} of {last['started']}, before: {found['before']}"
+    )
+    assert now == held, "the maps stay as they are"
+    # those that began after the kill: queued, accepted later, and none is lost
+    assert (last["refused"], last["failed"]) == (0, 0), last
+    assert last["ok"] == last["started"] > 100
+    assert found["before"]["refused"] == 0, found
+    assert 0 < found["first_ok"] < BACK_S * 1000 * slack, found
+    assert found["slowest"] < BACK_S * 1000 * slack, found
+    assert restarted < RESTARTED_S * slack
+    if role in ("agent", "holder"):
+        assert (found["before"]["failed"], found["kept"]["lost"]) == (0, 0), "what is open is not touched"
+    assert annotations_hold(mesh, pair)
+
+
+def test_all_of_ztunnel_killed_at_once_loses_only_what_was_open(mesh: Mesh, pair: str) -> None:
+    eventually(lambda: is_back(mesh, "node1"), 30, "node1 to be whole")
+    with load(mesh, pair, "a", mesh.vip(pair, "b"), rate=100) as running:
+        parent = pid_of(mesh, "node1", "parent")
+        others = cgroup_pids(mesh, "node1", "ztunnel") - {parent}
+        assert len(others) == 2
+        for child in others:
+            os.kill(child, signal.SIGSTOP)
+        running.kill(parent)
+        for child in others:
+            os.kill(child, signal.SIGKILL)
+        found = running.await_ok(100, 8)
+        last = running.finish()
+    print(f"all of ztunnel: first success {found['first_ok']:.0f} ms, slowest {last['slowest']:.0f} ms: {last}")
+    assert (last["refused"], last["failed"]) == (0, 0), last
+    assert 0 < last["first_ok"] < BACK_S * 1000 * patience(), last
+
+
+def test_an_upgrade_refuses_nobody_and_lets_connections_finish(mesh: Mesh, pair: str) -> None:
+    """SIGHUP: the holder starts another ztunnel beside the old one, which drains. A connection lives on meanwhile."""
+    eventually(lambda: is_back(mesh, "node1"), 30, "node1 to be whole")
+    with load(mesh, pair, "a", mesh.vip(pair, "b")) as running:
+        old = pid_of(mesh, "node1", "parent")
+        running.kill(pid_of(mesh, "node1", "holder"), signal.SIGHUP)
+        new = successor(mesh, "node1", "parent", old)
+        promoted = running.report()
+        drain_s = mesh.settings("node1").drain_s
+        during = running.await_age(promoted["since"] / 1000 + drain_s - 1.5)
+        assert Path(f"/proc/{old}").exists(), "the old ztunnel drains"
+        assert during["kept"]["lost"] == 0, during
+        eventually(lambda: not Path(f"/proc/{old}").exists(), drain_s + 10, "the old ztunnel to end")
+        last = running.finish()
+    print(
+        f"upgrade: promoted {promoted['since']:.0f} ms after SIGHUP, slowest {last['slowest']:.0f} ms, {last['ok']} ok"
+    )
+    assert pid_of(mesh, "node1", "parent") == new
+    assert (last["refused"], last["failed"], last["before"]["failed"]) == (0, 0, 0), last
+    assert during["kept"]["requests"] > 0
+    assert last["slowest"] < BACK_S * 1000 * patience(), last
