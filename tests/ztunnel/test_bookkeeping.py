@@ -12,8 +12,10 @@ from msgspec.structs import replace
 from ztunnel.core import capture
 from ztunnel.core.decisions import SOURCES_MAX, Decisions, Waiting
 from ztunnel.core.drain import Drain, Phase
+from ztunnel.core.floods import Shares
 from ztunnel.core.messages import AskRoute, AskVerdict, Hop, Route, Verdict
 from ztunnel.core.pool import IDLE_S, STREAMS_MAX, Pool, PoolKey
+from ztunnel.io.tunnel import HANDSHAKES_OF_PEER, Places
 
 KEY = PoolKey("spiffe://a", ("spiffe://b",), "10.0.0.2", 15008, "uid-a")
 
@@ -282,3 +284,30 @@ def test_an_answer_that_was_under_way_when_its_key_was_evicted_is_not_taken_up()
     assert not decisions.keeps(verdict(True, source_ip="10.1.1.2"))
     decisions.put_verdict(verdict(True))
     assert decisions.keeps(verdict(True, source_ip="10.1.1.2"))  # asked again when it came to depend on the address
+
+
+def test_an_owner_that_fills_its_share_leaves_room_for_others_up_to_the_total():
+    shares = Shares(5, 3)
+    assert [shares.enter("a") for _ in range(4)] == [True, True, True, False]
+    assert [shares.enter("b") for _ in range(3)] == [True, True, False]
+    shares.leave("a")
+    assert shares.enter("b") and not shares.enter("a")
+
+
+def test_the_place_of_a_tunnel_is_given_back_once():
+    places = Places()
+    taken = [places.take("uid-b", "10.0.0.1") for _ in range(HANDSHAKES_OF_PEER)]
+    assert all(taken) and places.take("uid-b", "10.0.0.1") is None
+    other = places.take("uid-b", "10.0.0.2")
+    assert other is not None
+    for place in taken:
+        assert place is not None
+        place.shaken()
+        place.shaken()
+    more = [places.take("uid-b", "10.0.0.1") for _ in range(HANDSHAKES_OF_PEER)]
+    assert all(more)
+    for place in (*taken, *more, other):
+        assert place is not None
+        place.give_back()
+        place.give_back()
+    assert not places.tunnels._held and not places.of_pods._held and not places.of_peers._held

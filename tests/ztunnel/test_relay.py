@@ -14,7 +14,7 @@ from collections.abc import Iterator
 import pytest
 
 from tests.support.require import require
-from tests.ztunnel.harness import Mesh, WorkerProcess, mesh, wait_until
+from tests.ztunnel.harness import Mesh, WorkerProcess, mesh, pod, wait_until
 from ztunnel.core import messages as m
 from ztunnel.io.inbound import PORTS_TRIED_MAX
 
@@ -248,3 +248,22 @@ def test_an_application_that_binds_other_addresses_gets_no_further_tunnels():
         it.client.control.send(m.AskConnections(number=1))
         told = wait_until(lambda: it.client.control.connections, "what is open")
         assert len(told.rows) == 8 and len(told.tunnels) == 1
+
+
+def test_a_pod_with_very_many_connections_leaves_descriptors_for_others(monkeypatch: pytest.MonkeyPatch):
+    require("net")
+    monkeypatch.setenv("WORKER_FILES", "400")
+    with mesh() as it, contextlib.ExitStack() as open_ones:
+        it.server.control.verdict = lambda question: None  # they stay as they are
+        for space, number in ((it.a, 80), (it.b, 81)):
+            # The address a steered connection has is the pod's own, as if sk_lookup had assigned it.
+            steered = space.listen(space.ip4, number)
+            assert not it.server.put(pod(f"plain{number}", space), space, {"plaintext4": steered}).error
+        for _ in range(110):
+            open_ones.enter_context(it.a.connect(it.b.ip4, 81))
+        counters = it.server.control.counters
+        wait_until(lambda: counters.get("pod_share_exceeded", 0) >= 10, "those beyond the share")
+        it.a.connect(it.a.ip4, 80).close()
+        asked = it.server.control.asked
+        wait_until(lambda: "uid-plain80" in [getattr(q, "destination", "") for q in asked], "the other pod's question")
+        assert not counters.get("accept_no_room")

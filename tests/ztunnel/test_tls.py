@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import socket
 import ssl
@@ -20,6 +21,7 @@ from tests.ztunnel.authority import Authority
 from tests.ztunnel.harness import Mesh, mesh, spiffe, wait_until
 from tests.ztunnel.hbone_client import HboneClient, client_context, load
 from ztunnel.core.certificate import CertificateFault, peer_identity, uri_names
+from ztunnel.io.tunnel import HANDSHAKES_OF_PEER
 
 DAY = datetime.timedelta(days=1)
 
@@ -224,3 +226,16 @@ def test_a_damaged_certificate_is_refused_or_read_but_never_breaks_the_parser(at
 def test_garbage_is_no_certificate(data: bytes):
     with pytest.raises(CertificateFault):
         peer_identity(data)
+
+
+@pytest.mark.net
+def test_peers_that_never_finish_their_handshake_take_no_place_from_others(path: Mesh):
+    context = client_context(path.authority.certificate(spiffe("a")), path.authority.root_pem)
+    path.a.run("ip", "addr", "add", "10.77.0.77/24", "dev", "eth0", check=True)
+    with contextlib.ExitStack() as idle:
+        for _ in range(HANDSHAKES_OF_PEER + 8):
+            sock = idle.enter_context(path.a.socket())
+            sock.bind(("10.77.0.77", 0))
+            sock.connect((path.ip, 15008))
+        wait_until(lambda: path.server.control.counters.get("tunnels_refused", 0) >= 8, "those beyond the share")
+        assert status_with(path, context) == 200

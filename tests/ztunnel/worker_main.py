@@ -11,6 +11,7 @@ import errno
 import itertools
 import json
 import os
+import resource
 import sys
 from typing import NamedTuple
 
@@ -69,6 +70,9 @@ def main() -> int:
     values = json.loads(rest[0]) if rest else {}
     settings = NodeSettings(**{"node_name": "test", **values})
     kernel = PlainKernel(original, int(port), client)
+    files = os.environ.get("WORKER_FILES")
+    if files:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (int(files), int(files)))
     profile = os.environ.get("WORKER_PROFILE")
     if profile:
         import cProfile

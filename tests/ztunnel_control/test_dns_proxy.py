@@ -9,6 +9,7 @@ import struct
 from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Any
 
+import msgspec
 import pytest
 
 from ambient.settings import NodeSettings
@@ -255,6 +256,28 @@ async def test_queries_in_flight_are_bounded(monkeypatch: pytest.MonkeyPatch) ->
         release.set()
         assert all(answers_of(raw or b"") for raw in await asyncio.gather(*waiting))
         assert here.proxy.counters["dns_overload"] == 1
+
+
+async def test_a_pod_whose_queries_hang_leaves_room_for_others() -> None:
+    release = asyncio.Event()
+
+    async def late(raw: bytes) -> list[bytes]:
+        await release.wait()
+        return await good(raw)
+
+    other = msgspec.structs.replace(WEB, uid="another")
+    async with Upstream(late) as server, Pod((server.address,)) as here:
+        waiting = [
+            asyncio.create_task(here.proxy.answer(WEB, build_query(n, OUTSIDE), tcp=False))
+            for n in range(dns.INFLIGHT_OF_POD)
+        ]
+        await until(lambda: len(server.seen) == dns.INFLIGHT_OF_POD, "the pod's share is in flight")
+        refused = await here.proxy.answer(WEB, build_query(9, OUTSIDE), tcp=False)
+        assert refused is not None and parse_response(refused).code == Code.SERVFAIL
+        served = asyncio.create_task(here.proxy.answer(other, build_query(9, OUTSIDE), tcp=False))
+        await until(lambda: len(server.seen) > dns.INFLIGHT_OF_POD, "the other pod's query is on its way")
+        release.set()
+        assert all(answers_of(raw or b"") for raw in await asyncio.gather(*waiting, served))
 
 
 async def test_an_answer_too_long_for_udp_is_truncated_and_whole_over_tcp() -> None:

@@ -1,8 +1,8 @@
 """The DNS proxy: a pod's queries, answered from the World or forwarded to the node's resolvers.
 
 It listens on descriptors opened inside the pods' namespaces; upstream sockets are the node's own. Every query in
-flight counts against one limit; beyond it the answer is SERVFAIL at once. Until the first World has come every
-name is unknown, so everything is forwarded.
+flight counts against one limit and against its pod's share of it; beyond either the answer is SERVFAIL at once.
+Until the first World has come every name is unknown, so everything is forwarded.
 """
 
 from __future__ import annotations
@@ -25,15 +25,18 @@ from ambient.model.address import SocketAddress, parse_ip
 from ambient.node.messages import Pod
 from ambient.settings import NodeSettings
 from ztunnel.core import dns
+from ztunnel.core.floods import Shares
 from ztunnel.core.names import Names, Outcome
 
 INFLIGHT_MAX: Final = 512
+INFLIGHT_OF_POD: Final = 128
 TRY_S: Final = 2.0
 """Patience with one upstream."""
 TOTAL_S: Final = 5.0
 ATTEMPTS: Final = 2
 TCP_IDLE_S: Final = 10.0
 TCP_CONNECTIONS_MAX: Final = 256
+TCP_CONNECTIONS_OF_POD: Final = 64
 TCP_QUERIES_MAX: Final = 1000
 UPSTREAMS_MAX: Final = 3
 DNS_PORT: Final = 53
@@ -104,8 +107,8 @@ class DnsProxy:
         self._upstream_requests = upstream_requests or Uncounted()
         self._upstream_failures = upstream_failures or Uncounted()
         self._upstream_seconds = upstream_seconds or Uncounted()
-        self._inflight = 0
-        self._tcp_connections = 0
+        self._inflight = Shares(INFLIGHT_MAX, INFLIGHT_OF_POD)
+        self._tcp_connections = Shares(TCP_CONNECTIONS_MAX, TCP_CONNECTIONS_OF_POD)
         self._pods: dict[str, _PodListeners] = {}
         self.counters: dict[str, int] = {}
 
@@ -153,14 +156,13 @@ class DnsProxy:
             addresses = list(found.addresses)
             random.shuffle(addresses)
             return dns.build_answer(query, addresses, alias=found.alias, bytes_max=limit)
-        if self._inflight >= INFLIGHT_MAX:
+        if not self._inflight.enter(pod.uid):
             self.count("dns_overload")
             return dns.build_answer(query, code=dns.Code.SERVFAIL, bytes_max=limit)
-        self._inflight += 1
         try:
             response = await self._forward(query, raw, tcp=tcp)
         finally:
-            self._inflight -= 1
+            self._inflight.leave(pod.uid)
         if response is None:
             self._upstream_failures.inc()
             return dns.build_answer(query, code=dns.Code.SERVFAIL, bytes_max=limit)
@@ -194,15 +196,14 @@ class DnsProxy:
 
     # --- TCP connections, counted over all pods
 
-    def enter_tcp(self) -> bool:
-        if self._tcp_connections >= TCP_CONNECTIONS_MAX:
-            self.count("dns_tcp_overload")
-            return False
-        self._tcp_connections += 1
-        return True
+    def enter_tcp(self, pod: Pod) -> bool:
+        if self._tcp_connections.enter(pod.uid):
+            return True
+        self.count("dns_tcp_overload")
+        return False
 
-    def leave_tcp(self) -> None:
-        self._tcp_connections -= 1
+    def leave_tcp(self, pod: Pod) -> None:
+        self._tcp_connections.leave(pod.uid)
 
 
 class _PodListeners:
@@ -269,7 +270,7 @@ class _PodListeners:
                 await stream.send(response, client)
 
     async def _serve_tcp(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        if not self._proxy.enter_tcp():
+        if not self._proxy.enter_tcp(self._pod):
             writer.close()
             return
         self._writers.add(writer)
@@ -288,7 +289,7 @@ class _PodListeners:
             pass
         finally:
             self._writers.discard(writer)
-            self._proxy.leave_tcp()
+            self._proxy.leave_tcp(self._pod)
             writer.close()
 
 

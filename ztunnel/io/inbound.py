@@ -27,8 +27,6 @@ if TYPE_CHECKING:
     from ztunnel.io.pods import PodState
     from ztunnel.io.worker import Worker
 
-HANDSHAKES_MAX = 1024
-TUNNELS_MAX = 8192
 PORTS_TRIED_MAX = 16
 """Of one delivery, before it is refused."""
 
@@ -140,23 +138,23 @@ if TYPE_CHECKING:
 def accept_tunnel(worker: Worker, pod: PodState, sock: Socket, peer: tuple[str, int]) -> None:
     """A connection on 15008 of the pod's namespace."""
     local = sockets.plain_address(sock.getsockname())
-    if worker.handshakes >= HANDSHAKES_MAX or len(worker.tunnels) >= TUNNELS_MAX:
-        worker.count("tunnels_refused")
-        sockets.reset(sock)
-        return
     if local[0] not in pod.pod.addresses:
         worker.count("hbone_not_local")
         sockets.reset(sock)
         return
-    worker.handshakes += 1
+    place = worker.places.take(pod.pod.uid, peer[0])
+    if place is None:
+        worker.count("tunnels_refused")
+        sockets.reset(sock)
+        return
 
     def with_credential(credential: Credential | None) -> None:
         if credential is None or pod.gone:
-            worker.handshakes -= 1
+            place.give_back()
             worker.count("no_certificate")
             sockets.reset(sock)
             return
-        tunnel = ServerTunnel(worker, pod, sock, credential, accept_stream)
+        tunnel = ServerTunnel(worker, pod, sock, credential, accept_stream, place)
         tunnel.local, tunnel.remote = local, peer
         tunnel.begin()
 
@@ -171,6 +169,9 @@ def accept_stream(tunnel: ServerTunnel, stream: Stream, fields: list[Header]) ->
         worker.count(f"answered_{request.status}")
         worker.log("info", f"{tunnel.peer} -> {pod.pod.name}: {request.status}: {request.reason}")
         answer(tunnel, stream, request.status)
+        return
+    if pod.full():
+        answer(tunnel, stream, hbone.UNAVAILABLE)
         return
     InboundRelay(worker, tunnel, stream, request).begin()
 

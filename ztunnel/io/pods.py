@@ -94,6 +94,9 @@ class Listener:
                 return
             sock = Socket(self._sock.family, socket.SOCK_STREAM, 0, fd)
             sock.setblocking(False)
+            if self._pod.full():
+                sockets.reset(sock)
+                continue
             try:
                 self._accept(self._worker, self._pod, sock, sockets.plain_address(address))
             except OSError as error:  # the peer was faster than we: ENOTCONN and the like
@@ -176,6 +179,13 @@ class PodState:
         self.drain.begin(now, grace_s)
         for tunnel in list(self.server_tunnels):
             tunnel.drain()
+
+    def full(self) -> bool:
+        """Whether it has its share of this process's descriptors; counted."""
+        if len(self.relays) < self.worker.relays_of_pod:
+            return False
+        self.worker.count("pod_share_exceeded")
+        return True
 
     def tick(self, now: float) -> bool:
         """Whether the pod's drain has ended; then everything of it is closed."""

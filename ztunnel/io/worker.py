@@ -29,7 +29,7 @@ from ztunnel.io.link import Link
 from ztunnel.io.pods import PodState
 from ztunnel.io.relay import Relay
 from ztunnel.io.sockets import Expiring, Namespaces, Socket
-from ztunnel.io.tunnel import ClientTunnel, Tunnel
+from ztunnel.io.tunnel import ClientTunnel, Places, Tunnel
 from ztunnel.io.turns import Timer, Turns
 
 TICK_S: Final = 1.0
@@ -38,6 +38,7 @@ UNREADY_S: Final = 3.0
 _DRAIN_TICK_S: Final = 0.1
 _SOON_S: Final = 0.05
 _SCRATCH_BYTES: Final = 256 * 1024
+_RELAYS_OF_POD_MIN: Final = 64
 _LEVELS: Final = ("error", "warn", "info", "debug", "trace")
 
 
@@ -151,7 +152,9 @@ class Worker:
         self.pool: Pool[ClientTunnel] = Pool()
         self.pods: dict[str, PodState] = {}
         self.tunnels: set[Tunnel] = set()
-        self.handshakes = 0
+        self.places = Places()
+        self.relays_of_pod = max(_RELAYS_OF_POD_MIN, resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 4)
+        """Connections of one pod: with two descriptors each they are half of what this process may have."""
         self.delivering: set[tuple[str, int]] = set()
         """Addresses our deliveries come from: one that comes back to a capture listener is a loop."""
         self.link = Link(self)
