@@ -1,0 +1,102 @@
+"""What an operator sees and does on a running mesh: maps, flows, diff and bypass, each checked from outside."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+
+import pytest
+
+from ambient.lab.driver import eventually
+from tests.support.mesh import APPS, PORT, Mesh, pod, service
+
+pytestmark = [pytest.mark.lab, pytest.mark.net]
+
+SECRET = "plain-to-see-48151623"
+
+
+@pytest.fixture(scope="module")
+def shop(mesh: Mesh) -> Iterator[str]:
+    with mesh.namespace(pod("a", "node1"), pod("b", "node2"), pod("c", "node1"), service("b")) as name:
+        yield name
+
+
+def say_secret(mesh: Mesh, shop: str, host: str, port: int = 80) -> tuple[bool, bool]:
+    """Call b with a text: whether it was readable between the nodes, and whether a tunnel was there."""
+    with mesh.capture() as wire:
+        assert mesh.call(shop, "a", host, port, "--text", SECRET).get("echoed") == SECRET
+    return wire.contains(SECRET), wire.to_port(15008) > 0
+
+
+def ambient(mesh: Mesh, *words: str, check: bool = True) -> list[dict[str, object]]:
+    return list(json.loads(mesh.ambient(*words, "--lab", mesh.lab.name, "-o", "json", check=check) or "[]"))
+
+
+@pytest.mark.parametrize("scope", ["node", "namespace"])
+def test_bypass_goes_back_to_plaintext_at_once_and_tunnels_return(mesh: Mesh, shop: str, scope: str) -> None:
+    more = ["--namespace", shop] if scope == "namespace" else []
+    assert say_secret(mesh, shop, "b") == (False, True)
+    try:
+        rows = ambient(mesh, "bypass", "on", *more)
+        assert {row["node"] for row in rows} == {"node1", "node2"} and all(row["applied"] for row in rows)
+        assert say_secret(mesh, shop, mesh.vip(shop, "b")) == (True, False)
+        if scope == "node":
+            modes = [row for row in ambient(mesh, "maps", "settings") if row["setting"] == "mode"]
+            assert [row["value"] for row in modes] == ["bypass", "bypass"]
+        else:
+            flags = {row["workload"]: row["flags"] for row in ambient(mesh, "maps", "enrolled", "-n", shop)}
+            assert all("bypass" in str(found) for found in flags.values()) and len(flags) == 3
+        assert mesh.call(shop, "a", "b").get("echoed") == "hello"  # by name, too: DNS is left alone
+    finally:
+        ambient(mesh, "bypass", "off", *more)
+    assert say_secret(mesh, shop, "b") == (False, True)
+    assert all(row["mode"] == "capture" and not row["pods"] for row in ambient(mesh, "bypass", "status"))
+
+
+def test_flows_show_a_held_connection_with_its_path_and_maps_can_be_filtered(mesh: Mesh, shop: str) -> None:
+    command = ["python3", str(APPS / "call.py"), "--hold", mesh.vip(shop, "b"), "80"]
+    with mesh.background(shop, "a", *command) as held:
+        held.await_output("{")
+
+        def seen() -> list[dict[str, object]]:
+            return ambient(mesh, "flows", "--path", "ztunnel", "--pod", f"{shop}/a")
+
+        rows = eventually(lambda: seen() if len(seen()) == 2 else [], 10, "both ztunnels to show the connection")
+        assert {(r["node"], r["direction"], r["source"], r["destination"]) for r in rows} == {
+            ("node1", "outbound", f"{shop}/a", f"{shop}/b"),
+            ("node2", "inbound", f"{shop}/a", f"{shop}/b"),
+        }
+        assert ambient(mesh, "flows", "--pod", f"{shop}/c") == []
+        redirects = ambient(mesh, "maps", "redirects", "--pod", f"{shop}/a")
+        assert [r["original"] for r in redirects] == [f"{mesh.vip(shop, 'b')}:80"]
+        assert ambient(mesh, "maps", "redirects", "--pod", f"{shop}/c") == []
+    assert {r["workload"] for r in ambient(mesh, "maps", "workloads", "-n", shop)} == {f"{shop}/{x}" for x in "abc"}
+    assert {r["service"] for r in ambient(mesh, "maps", "services", "--service", f"{shop}/b")} == {f"{shop}/b"}
+
+
+def test_watching_counters_shows_how_fast_they_grow(mesh: Mesh, shop: str) -> None:
+    words = ["maps", "counters", "--watch", "--interval", "0.5", "--lab", mesh.lab.name, "-o", "json"]
+    mesh.call(shop, "a", "b")
+    looks = [json.loads(line) for line in mesh.ambient(*words, "--count", "2").splitlines()]
+    assert len(looks) == 2 and looks[0]["rows"][0]["per_s"] is None
+    assert all(row["per_s"] >= 0 for row in looks[1]["rows"] if row["per_s"] is not None)
+    overview = mesh.ambient("maps", "--watch", "--count", "1", "--lab", mesh.lab.name)
+    assert "ADDED S" in overview and "counters" in overview
+
+
+def test_diff_is_clean_finds_what_was_changed_and_repairs_it(mesh: Mesh, shop: str) -> None:
+    from ambient.datapath.values import WorkloadValue
+    from ambient.io.bpf_maps import Maps
+
+    eventually(lambda: ambient(mesh, "diff", check=False) == [], 15, "the kernel to hold what it should")
+    address = mesh.address(shop, "b")
+    with Maps.open(str(mesh.lab.bpffs / "node1")) as maps:
+        right = maps.workloads[address]
+        maps.workloads[address] = WorkloadValue(right.workload, 0, right.generation)  # node1 forgets that b is enrolled
+        (row,) = ambient(mesh, "diff", check=False)
+        assert (row["node"], row["map"], row["key"], row["drift"]) == ("node1", "workloads", address, "differs")
+        assert row["name"] == f"{shop}/b"
+        (row,) = ambient(mesh, "diff", "--repair")
+        assert row["repaired"] and maps.workloads[address] == right
+    assert ambient(mesh, "diff") == []
+    assert mesh.call(shop, "a", address, PORT).get("echoed") == "hello"
