@@ -9,13 +9,14 @@ from __future__ import annotations
 import os
 import signal
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 
 from ambient.lab.driver import eventually
 from tests.support.clients import children, load, load_server, started_at
-from tests.support.mesh import IDLE, PORT, Mesh, is_enrolled, pod, service
+from tests.support.mesh import IDLE, PORT, Mesh, is_enrolled, is_ready, pod, service
 
 pytestmark = [pytest.mark.lab, pytest.mark.net]
 
@@ -159,3 +160,46 @@ def test_an_upgrade_refuses_nobody_and_lets_connections_finish(mesh: Mesh, pair:
     assert (last["refused"], last["failed"], last["before"]["failed"]) == (0, 0, 0), last
     assert during["kept"]["requests"] > 0
     assert last["slowest"] < BACK_S * 1000 * patience(), last
+
+
+@contextmanager
+def without_agent(mesh: Mesh, node: str) -> Iterator[None]:
+    """The agent is killed, and the holder stopped so that there is no other."""
+    holder = pid_of(mesh, node, "holder")
+    os.kill(holder, signal.SIGSTOP)
+    try:
+        os.kill(pid_of(mesh, node, "agent"), signal.SIGKILL)
+        yield
+    finally:
+        os.kill(holder, signal.SIGCONT)
+
+
+def refusal(mesh: Mesh, namespace: str, name: str) -> str:
+    """What the events say of a pod that cannot be made."""
+    events = mesh.get("events", "-n", namespace)["items"]
+    return " ".join(e["message"] for e in events if e["involvedObject"].get("name") == name)
+
+
+def test_without_an_agent_what_runs_goes_on_and_a_new_pod_of_the_mesh_waits(mesh: Mesh, pair: str) -> None:
+    eventually(lambda: is_back(mesh, "node1"), 30, "node1 to be whole")
+    outside = [pod("c", "node1", command=IDLE), pod("d", "node2")]
+    with (
+        mesh.namespace(*outside, enrolled=False) as plain,
+        load(mesh, pair, "a", mesh.vip(pair, "b"), rate=50) as running,
+    ):
+        with without_agent(mesh, "node1"):
+            running.mark()
+            mesh.apply(pair, pod("late", "node1", account="a"))
+            eventually(lambda: "ambient-cni" in refusal(mesh, pair, "late"), 15, "the new pod's refusal")
+            assert "agent of this node does not answer" in refusal(mesh, pair, "late")
+            found = mesh.get("pod", "late", "-n", pair)
+            assert not is_ready(found) and not found["status"].get("podIPs"), "it fails closed"
+            # who is there already notices nothing, in the mesh and outside
+            assert mesh.call(plain, "c", mesh.address(plain, "d"), PORT).get("echoed") == "hello"
+            during = running.report()
+            assert during["ok"] > 0
+        mesh.await_ready(pair, {"late"}, enrolled=True)
+        last = running.finish()
+    assert (last["failed"], last["before"]["failed"], last["kept"]["lost"]) == (0, 0, 0), last
+    assert mesh.call(pair, "late", mesh.address(pair, "late"), PORT).get("echoed") == "hello"
+    mesh.remove(pair, "pod", "late")
