@@ -33,6 +33,7 @@ from ambient.io.control_writer import Writer
 from ambient.io.kube import KubeClient
 from ambient.io.lease import Election
 from ambient.io.reflector import Reflector
+from ambient.io.secrecy import no_dumps
 from ambient.io.token_review import TokenReviewer
 from ambient.io.xds_server import ControlServer, serve
 from ambient.manifest import kinds
@@ -241,6 +242,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 2
     logs.set_up(settings.log_format, settings.log_level)
     try:
+        no_dumps()
         asyncio.run(_main(settings))
     except (AmbientError, BaseExceptionGroup) as error:
         causes = _causes(error)

@@ -22,6 +22,7 @@ from typing import Any, Final
 
 from ambient.errors import AmbientError
 from ambient.io import seqpacket
+from ambient.io.secrecy import no_dumps
 from ambient.io.seqpacket import PacketSocket
 from ambient.node import messages as m
 from ambient.settings import NodeSettings
@@ -452,6 +453,7 @@ def _unacceptable(put: m.PodPut) -> str:
 
 def run_parent(settings: NodeSettings) -> int:
     """The whole life of ztunnel. Returns its exit code."""
+    no_dumps()
     logs.install(settings.log_level, settings.log_format)
     # Imported here once, so that a worker that replaces a dead one starts in milliseconds.
     from ztunnel.io.worker import run_worker
