@@ -91,13 +91,21 @@ class Child:
         try:
             # The pidfd pins the process, so reading its arguments now cannot be about a later one.
             argv = Path(f"/proc/{pid}/cmdline").read_bytes().rstrip(b"\0").split(b"\0")
+            ours = tuple(os.fsdecode(a) for a in argv)[1:] == self.argv[1:] and self._is_of_us(pid)
         except OSError:
-            argv = []
-        if tuple(os.fsdecode(a) for a in argv)[1:] != self.argv[1:]:
+            ours = False
+        if not ours:
             os.close(pidfd)
             return False
         self.pid, self.pidfd, self.started, self.adopted = pid, pidfd, now, True
         return True
+
+    def _is_of_us(self, pid: int) -> bool:
+        """Anybody can give a process our arguments and wait for its number to come up; nobody else is in our cgroup,
+        or, where there is none, runs this very file (containers have files of their own). Raises OSError."""
+        if self.cgroup:
+            return str(pid) in Path(self.cgroup, "cgroup.procs").read_text().split()
+        return os.path.samefile(f"/proc/{pid}/exe", self.argv[0])
 
     def signal(self, number: int) -> None:
         if self.running:

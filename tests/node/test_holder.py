@@ -19,7 +19,7 @@ import pytest
 
 from ambient.io import seqpacket
 from ambient.node import messages as m
-from ambient.node.children import restart_delay_s
+from ambient.node.children import Child, restart_delay_s, write_pid
 from ambient.settings import NodeSettings
 from tests.support.require import require
 
@@ -239,6 +239,23 @@ def test_a_new_holder_adopts_the_processes_and_takes_the_listeners_back(node: No
         for fd in had["u1"]:
             os.close(fd)
         served_by(port)
+
+
+@pytest.mark.parametrize("in_cgroup", [False, True])
+def test_a_stranger_with_the_same_number_and_arguments_is_not_adopted(tmp_path: Path, in_cgroup: bool) -> None:
+    group = tmp_path / "group"
+    group.mkdir()
+    child = Child("ztunnel", (sys.executable, "60"), str(group) if in_cgroup else "", tmp_path / "ztunnel.pid")
+    stranger = subprocess.Popen([sys.executable, "60"], executable="/bin/sleep")
+    try:
+        write_pid(child.pid_file, stranger.pid)
+        (group / "cgroup.procs").write_text("1\n")
+        assert not child.adopt(0.0) and not child.running
+        (group / "cgroup.procs").write_text(f"1\n{stranger.pid}\n")
+        assert child.adopt(0.0) is in_cgroup
+    finally:
+        stranger.kill()
+        stranger.wait()
 
 
 def test_an_agent_that_outlived_the_holder_gives_its_descriptors_back(node: Node) -> None:
