@@ -249,6 +249,7 @@ def test_a_stranger_with_the_same_number_and_arguments_is_not_adopted(tmp_path: 
     stranger = subprocess.Popen([sys.executable, "60"], executable="/bin/sleep")
     try:
         write_pid(child.pid_file, stranger.pid)
+        until(lambda: b"\x0060\0" in Path(f"/proc/{stranger.pid}/cmdline").read_bytes())  # exec is a little later
         (group / "cgroup.procs").write_text("1\n")
         assert not child.adopt(0.0) and not child.running
         (group / "cgroup.procs").write_text(f"1\n{stranger.pid}\n")
