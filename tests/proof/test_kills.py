@@ -35,8 +35,8 @@ def pair(mesh: Mesh) -> Iterator[str]:
 
 
 def patience() -> float:
-    """How many times longer everything takes while others use this machine as well; 1 if they do not."""
-    return max(1.0, os.getloadavg()[0] / (os.cpu_count() or 1))
+    """How many times longer it may take while others use this machine as well: 1, at most 2."""
+    return min(2.0, max(1.0, os.getloadavg()[0] / (os.cpu_count() or 1)))
 
 
 def pid_of(mesh: Mesh, node: str, role: str) -> int:
@@ -116,7 +116,7 @@ def test_a_kill_refuses_nobody_and_is_over_in_two_seconds(mesh: Mesh, pair: str,
     assert 0 < found["first_ok"] < BACK_S * 1000 * slack, found
     assert found["slowest"] < BACK_S * 1000 * slack, found
     assert restarted < RESTARTED_S * slack
-    if role in ("agent", "holder"):
+    if role != "worker":
         assert (found["before"]["failed"], found["kept"]["lost"]) == (0, 0), "what is open is not touched"
     assert annotations_hold(mesh, pair)
 

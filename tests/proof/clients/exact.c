@@ -5,7 +5,8 @@
  *
  * The client says in 32 bytes what a connection is to be: its key, both lengths, and how it ends. The server answers
  * one byte, and the client waits until all have theirs. What is sent then is a stream of random numbers from the key,
- * so each side knows every byte it must get. Chunks and pauses are random, but always the same for the same seed.
+ * so each side knows every byte it must get. Chunks, pauses of the sender, rests of the
+ * reader and receive buffers are random, but always the same for the same seed.
  *
  * Ends: BOTH at once; the CLIENT ends first and the server sends only after that; the SERVER ends first and the
  * client sends only after that; the client RESETS once both have all bytes, or the server does (the other's last byte
@@ -17,6 +18,7 @@
 #define CONNECTIONS_MAX 4096
 #define CHUNK_MAX 65536
 #define LIFETIME_S 60
+#define RESTS_MAX 16
 #define ENDING_US 10000000
 #define MAGIC 0x6578616374000001ULL
 
@@ -30,9 +32,9 @@ struct order {
 };
 
 struct connection {
-	int fd, used, greeted, sent_end, got_end, resets, awaits_reset, watched;
+	int fd, used, greeted, sent_end, got_end, resets, awaits_reset, watched, rests;
 	uint32_t ordered, to_send, to_get, sent, got;
-	uint64_t send_key, get_key, random, pause_until;
+	uint64_t send_key, get_key, random, pause_until, rest_until; /* from sending, from reading */
 	struct order order;
 };
 
@@ -120,7 +122,7 @@ static void rewatch(struct connection *c, uint64_t now)
 	int events = EPOLLIN;
 	struct epoll_event event = { .data.ptr = c };
 
-	if (c->got_end)
+	if (c->got_end || c->rest_until > now)
 		events = 0;
 	if (may_send(c) && c->pause_until <= now)
 		events |= EPOLLOUT;
@@ -140,6 +142,10 @@ static void ordered(struct connection *c)
 	c->get_key = mix(o->key + (client_ ? 12 : 11));
 	c->to_send = client_ ? o->up : o->down;
 	c->to_get = client_ ? o->down : o->up;
+	if (chance(c, 2)) { /* so that who reads slowly is waited for */
+		int small = 16384;
+		setsockopt(c->fd, SOL_SOCKET, SO_RCVBUF, &small, sizeof(small));
+	}
 	if (o->end == CLIENT_RESETS || o->end == SERVER_RESETS) {
 		c->resets = o->end == (client_ ? CLIENT_RESETS : SERVER_RESETS);
 		c->awaits_reset = !c->resets;
@@ -208,7 +214,7 @@ static int sender(struct connection *c, uint64_t now)
 	return both_ended(c);
 }
 
-static int receiver(struct connection *c)
+static int receiver(struct connection *c, uint64_t now)
 {
 	static uint8_t data[CHUNK_MAX], wanted[CHUNK_MAX];
 	ssize_t count = recv(c->fd, data, sizeof(data), 0);
@@ -245,6 +251,8 @@ static int receiver(struct connection *c)
 		return 0;
 	}
 	c->got += count;
+	if (c->rests < RESTS_MAX && chance(c, 4) == 0 && ++c->rests)
+		c->rest_until = now + 1000 * chance(c, 60);
 	if (c->resets && c->sent_end && c->got == c->to_get) {
 		succeed(c, 1);
 		return 0;
@@ -360,7 +368,7 @@ static void serve_one(struct connection *c, int events, uint64_t now)
 		return;
 	}
 	if (events & (EPOLLIN | EPOLLERR | EPOLLHUP)) {
-		if (!c->greeted ? !greeting(c) : !c->got_end && !receiver(c))
+		if (!c->greeted ? !greeting(c) : !c->got_end && !receiver(c, now))
 			return;
 		/* an error with nothing left to read: all was said and this is the reset after it */
 		if (c->got_end && events & EPOLLERR) {
@@ -413,8 +421,8 @@ static int run(int listener, int count)
 			opened = now_us();
 		}
 		for (int i = 0; i < CONNECTIONS_MAX; i++)
-			if (connections[i].used && (was_go != go || connections[i].pause_until) &&
-			    connections[i].greeted)
+			if (connections[i].used && connections[i].greeted &&
+			    (was_go != go || connections[i].pause_until || connections[i].rest_until))
 				rewatch(&connections[i], now);
 		was_go = go;
 	}
