@@ -67,7 +67,7 @@ def test_nothing_of_the_old_pod_is_left_when_its_address_is_given_to_another(mes
     assert "error" in mesh.get(f"http://{b}:8080/whoami", timeout_s=4)
     mesh.start("control")
     answer = eventually(
-        lambda: (found := mesh.get(f"http://{b}:8080/whoami")).get("status") == 200 and found, 30, "c to answer"
+        lambda: (found := mesh.get(f"http://{b}:8080/whoami")).get("status") == 200 and found, 60, "c to answer"
     )
     assert answer["answer"]["local"] == b
     certificates = mesh.driver.rows("certificates", "--node", "node2")
