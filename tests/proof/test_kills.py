@@ -24,6 +24,7 @@ PROBE = {"tcpSocket": {"port": PORT}, "periodSeconds": 1, "failureThreshold": 3}
 BACK_S = 2.0
 """A new connection succeeds so soon after a kill."""
 RESTARTED_S = 1.0
+ROLES = ("worker", "control", "parent", "agent", "holder")
 GONE = (OSError, ValueError, StopIteration)
 
 
@@ -74,7 +75,7 @@ def cgroup_pids(mesh: Mesh, node: str, name: str) -> set[int]:
 def is_back(mesh: Mesh, node: str) -> bool:
     """Whether everything of a node runs and answers, and nothing that was replaced still does."""
     try:
-        pids = [pid_of(mesh, node, role) for role in ("worker", "control", "parent", "agent", "holder")]
+        pids = [pid_of(mesh, node, role) for role in ROLES]
     except GONE:
         return False
     alone = set(pids) == {*cgroup_pids(mesh, node, "ztunnel"), *cgroup_pids(mesh, node, "agent")}
@@ -90,9 +91,11 @@ def enrolled_rows(mesh: Mesh, namespace: str, node: str) -> set[str]:
 
 
 @pytest.mark.parametrize("node", ["node1", "node2"], ids=["client's node", "server's node"])
-@pytest.mark.parametrize("role", ["worker", "control", "parent", "agent", "holder"])
+@pytest.mark.parametrize("role", ROLES)
 def test_a_kill_refuses_nobody_and_is_over_in_two_seconds(mesh: Mesh, pair: str, role: str, node: str) -> None:
     eventually(lambda: is_back(mesh, node), 30, f"{node} to be whole")
+    ends = {role} | ({"worker", "control"} if role == "parent" else set())
+    others = {other: pid_of(mesh, node, other) for other in ROLES if other not in ends}
     held = {name: enrolled_rows(mesh, pair, name) for name in ("node1", "node2")}
     assert all(held.values()), held
     with load(mesh, pair, "a", mesh.vip(pair, "b")) as running:
@@ -109,6 +112,9 @@ def test_a_kill_refuses_nobody_and_is_over_in_two_seconds(mesh: Mesh, pair: str,
         f"slowest {found['slowest']:.0f} ms, {last['ok']} of {last['started']}, before: {found['before']}"
     )
     assert now == held, "the maps stay as they are"
+    assert others == {other: pid_of(mesh, node, other) for other in others}, "nobody else was replaced"
+    agents = cgroup_pids(mesh, node, "agent")
+    assert agents == {pid_of(mesh, node, "agent"), pid_of(mesh, node, "holder")}, "and nobody is there twice"
     # those that began after the kill: queued, accepted later, and none is lost
     assert (last["refused"], last["failed"]) == (0, 0), last
     assert last["ok"] == last["started"] > 100
