@@ -267,3 +267,32 @@ def test_a_pod_with_very_many_connections_leaves_descriptors_for_others(monkeypa
         asked = it.server.control.asked
         wait_until(lambda: "uid-plain80" in [getattr(q, "destination", "") for q in asked], "the other pod's question")
         assert not counters.get("accept_no_room")
+
+
+def test_a_peer_that_does_not_answer_holds_a_connection_for_a_limited_time(monkeypatch: pytest.MonkeyPatch):
+    require("net")
+    monkeypatch.setenv("WORKER_CONSTANTS", '{"ztunnel.io.outbound.ANSWER_S": 0.1}')
+    with mesh() as it:
+        it.server.control.verdict = lambda question: None
+        near = it.connect()
+        with pytest.raises(ConnectionResetError):
+            near.recv(1)
+        (event,) = wait_until(lambda: it.client.control.events, "the failure is logged")
+        assert (event.event, event.error) == ("failed", "the peer did not answer in time")
+
+
+def test_a_tunnel_that_has_used_up_its_streams_is_followed_by_another(monkeypatch: pytest.MonkeyPatch):
+    require("net")
+    monkeypatch.setenv("WORKER_CONSTANTS", '{"ztunnel.core.frames.STREAM_ID_MAX": 5}')
+    with mesh() as it, contextlib.ExitStack() as open_ones:
+        listening = it.b.listen(it.ip, it.port)
+        for _ in range(8):
+            near = open_ones.enter_context(it.connect())
+            near.sendall(b"x")
+            far, _ = listening.accept()
+            assert far.recv(1) == b"x"
+            open_ones.enter_context(far)
+        it.client.control.send(m.AskConnections(number=1))
+        told = wait_until(lambda: it.client.control.connections, "what is open")
+        assert [tunnel["streams"] for tunnel in told.tunnels].count(3) == 2 and len(told.rows) == 8
+        assert not it.client.control.counters.get("faults")

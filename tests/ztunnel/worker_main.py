@@ -8,6 +8,7 @@ Every captured connection was dialled to ORIGINAL by CLIENT, or each by another 
 from __future__ import annotations
 
 import errno
+import importlib
 import itertools
 import json
 import os
@@ -73,6 +74,9 @@ def main() -> int:
     files = os.environ.get("WORKER_FILES")
     if files:
         resource.setrlimit(resource.RLIMIT_NOFILE, (int(files), int(files)))
+    for name, value in json.loads(os.environ.get("WORKER_CONSTANTS", "{}")).items():
+        module, _, constant = name.rpartition(".")
+        setattr(importlib.import_module(module), constant, value)
     profile = os.environ.get("WORKER_PROFILE")
     if profile:
         import cProfile

@@ -204,6 +204,11 @@ class Connection:
             and self._next_id <= frames.STREAM_ID_MAX
         )
 
+    @property
+    def exhausted(self) -> bool:
+        """Every stream identifier was used: a client needs another connection."""
+        return self._next_id > frames.STREAM_ID_MAX
+
     def open(self, owner: StreamOwner, block: bytes) -> Stream:
         """Client: send a request whose encoded header block is ``block``. Raises OurFault unless ``can_open``."""
         if self._role is not Role.CLIENT or not self.can_open:

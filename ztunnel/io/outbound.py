@@ -25,6 +25,8 @@ if TYPE_CHECKING:
     from ztunnel.io.worker import Worker
 
 _RETRIES = 3
+ANSWER_S = 30.0
+"""For the answer to a CONNECT: the peer has 12 s for its decision and 10 s for the application's."""
 
 
 def accept(worker: Worker, pod: PodState, sock: Socket, peer: tuple[str, int]) -> None:
@@ -179,7 +181,13 @@ class OutboundRelay(StreamRelay):
         if self.done:
             return
         connection = tunnel.connection
-        if connection is None or tunnel.closed or connection.closed or connection.peer_going_away:
+        if (
+            connection is None
+            or tunnel.closed
+            or connection.closed
+            or connection.peer_going_away
+            or connection.exhausted
+        ):
             self.worker.pool.retire(tunnel.slot)
             self.released()
             self._again("the tunnel is going away")
@@ -199,12 +207,18 @@ class OutboundRelay(StreamRelay):
         )
         self.account.destination_identity = str(tunnel.peer)
         self.set_stream(tunnel, connection.open(self, block))
+        self.worker.expire(self, ANSWER_S)
         tunnel.schedule()
 
     def tunnel_failed(self, error: str, flags: str) -> None:
         self._user_of = None
         if not self.done:
             self._refuse(error, flags)
+
+    def expired(self) -> None:
+        """The application may be gone by now, and nobody would notice."""
+        self.worker.count("answers_late")
+        self._refuse("the peer did not answer in time", "CONNECT")
 
     def _again(self, error: str) -> None:
         if self._retries:
@@ -214,6 +228,7 @@ class OutboundRelay(StreamRelay):
             self._refuse(error, "CONNECT")
 
     def stream_headers(self, fields: list[Header]) -> None:
+        self.worker.keep(self)
         status = hbone.read_status(fields)
         if status == hbone.OK:
             self.start()
@@ -235,6 +250,7 @@ class OutboundRelay(StreamRelay):
         super().stream_reset(code)
 
     def released(self) -> None:
+        self.worker.keep(self)
         tunnel, self._user_of = self._user_of, None
         if tunnel is not None:
             if self in tunnel.users:
