@@ -260,7 +260,8 @@ def test_a_pod_with_very_many_connections_leaves_descriptors_for_others(monkeypa
             steered = space.listen(space.ip4, number)
             assert not it.server.put(pod(f"plain{number}", space), space, {"plaintext4": steered}).error
         for _ in range(110):
-            open_ones.enter_context(it.a.connect(it.b.ip4, 81))
+            with contextlib.suppress(ConnectionResetError):  # the reset may be quicker than we notice the connection
+                open_ones.enter_context(it.a.connect(it.b.ip4, 81))
         counters = it.server.control.counters
         wait_until(lambda: counters.get("pod_share_exceeded", 0) >= 10, "those beyond the share")
         it.a.connect(it.a.ip4, 80).close()
