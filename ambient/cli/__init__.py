@@ -26,6 +26,7 @@ _COMMANDS: dict[str, tuple[str, str]] = {
     "connections": ("ambient.cli.state:connections", "Connections open through ztunnel."),
     "maps": ("ambient.cli.maps:maps", "What the kernel holds right now."),
     "flows": ("ambient.cli.flows:flows", "Live connections, their path, bytes and age."),
+    "why": ("ambient.cli.why:why", "What would happen to a connection, and why."),
     "diff": ("ambient.cli.operate:diff", "Does the kernel hold what it should? Repair it."),
     "bypass": ("ambient.cli.operate:bypass", "Switch capture off in the kernel, and on again."),
     "namespace": ("ambient.cli.namespace:namespace", "List, enrol and unenrol namespaces."),

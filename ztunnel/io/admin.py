@@ -35,6 +35,9 @@ class Views(Protocol):
 
     def config_dump(self) -> Json: ...
 
+    def explain(self, query: dict[str, str]) -> Json:
+        """Raises ValueError naming what cannot be understood."""
+
     def certificates(self) -> Json: ...
 
     async def connections(self) -> Json: ...
@@ -69,6 +72,7 @@ class Admin:
                 "/healthz/ready": self._ready,
                 "/config_dump": self._config_dump,
                 "/connections": self._connections,
+                "/why": self._why,
                 "/certificates": self._certificates,
                 "/metrics": self._metrics,
                 "/stats/prometheus": self._metrics,
@@ -150,7 +154,7 @@ class Admin:
             return
 
     async def _index(self, request: web.Request) -> web.Response:
-        lines = ("/config_dump", "/connections", "/certificates", "/logging", "/metrics", "/ready")
+        lines = ("/config_dump", "/connections", "/why", "/certificates", "/logging", "/metrics", "/ready")
         return web.Response(text="\n".join(lines) + "\n")
 
     async def _ready(self, request: web.Request) -> web.Response:
@@ -161,6 +165,12 @@ class Admin:
 
     async def _config_dump(self, request: web.Request) -> web.Response:
         return _json(self._views.config_dump())
+
+    async def _why(self, request: web.Request) -> web.Response:
+        try:
+            return _json(self._views.explain(dict(request.query)))
+        except ValueError as error:
+            return web.Response(status=400, text=f"{error}\n")
 
     async def _certificates(self, request: web.Request) -> web.Response:
         return _json(self._views.certificates())

@@ -29,7 +29,7 @@ from ambient.io.seqpacket import AsyncPacketSocket, close_all
 from ambient.model.world import Diff, World
 from ambient.node import messages as node
 from ambient.settings import NodeSettings
-from ztunnel.core import dump, messages
+from ztunnel.core import dump, explain, messages
 from ztunnel.core.attributes import describe
 from ztunnel.core.local import Local
 from ztunnel.core.names import Names
@@ -341,6 +341,9 @@ class Control:
             "version": {"version": product_version(), "python": sys.version.split()[0]},
             "config": msgspec.to_builtins(self._settings),
         }
+
+    def explain(self, query: dict[str, str]) -> dump.Json:
+        return explain.explain(self._decisions.world, self._decisions.local, query)
 
     def certificates(self) -> dump.Json:
         return [

@@ -1,0 +1,202 @@
+"""`ambient why`: what would happen to a connection, and why, without making one."""
+
+from __future__ import annotations
+
+import ipaddress
+import json
+import sys
+import time
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlencode
+
+import click
+
+from ambient.cli.output import emit, output_option
+from ambient.cli.target import Target, find_nodes, target_options
+from ambient.datapath.explain import SETTINGS_MISSING, Facts, Kernel, Outcome, Source, explain, touching
+from ambient.datapath.layout import LAYOUT
+from ambient.datapath.values import ServiceKey, address_bytes, address_text
+from ambient.errors import ConfigFault, PlatformFault
+from ambient.io.admin_client import ask_json
+from ambient.io.bpf_maps import Maps
+from ambient.settings import NodeSettings
+
+Row = dict[str, Any]
+
+
+def split_destination(text: str) -> tuple[str, int]:
+    """``HOST:PORT`` or ``[IPv6]:PORT``. Raises ConfigFault."""
+    host, separator, port = text.rpartition(":")
+    host = host.removeprefix("[").removesuffix("]")
+    if not separator or not host or not port.isascii() or not port.isdigit() or not 0 < int(port) <= 65535:
+        raise ConfigFault("DST", text, "is not HOST:PORT, for example catalog.shop:80 or [fd00::1]:80")
+    return host, int(port)
+
+
+def find_source(name: str, statuses: dict[str, Row]) -> Source:
+    """The pod ``namespace/name``, or the first of a Deployment's, by the agents' words. Raises ConfigFault."""
+    namespace, separator, pod = name.partition("/")
+    if not separator or not namespace or not pod:
+        raise ConfigFault("SRC", name, "is not NAMESPACE/POD")
+    found = [
+        (node, row) for node, status in statuses.items() for row in status["pods"] if row["namespace"] == namespace
+    ]
+    exact = [(node, row) for node, row in found if row["name"] == pod]
+    begins = [(node, row) for node, row in found if row["name"].startswith(f"{pod}-")]
+    if not (exact or begins):
+        known = ", ".join(sorted(row["name"] for _, row in found)[:10]) or "none"
+        raise ConfigFault("SRC", name, f"no agent here knows such a pod; in namespace {namespace}: {known}")
+    node, row = sorted(exact or begins, key=lambda pair: str(pair[1]["name"]))[0]
+    return Source(
+        node,
+        f"{row['namespace']}/{row['name']}",
+        row["uid"],
+        row["state"],
+        row["reason"],
+        row["detail"],
+        row["netns_cookie"],
+        tuple(row["addresses"]),
+    )
+
+
+def resolve(host: str, port: int, namespace: str, dump: Row, family: int) -> tuple[str, str]:
+    """An address for what the user wrote, and what it is: an address, a service's VIP or a pod. Raises ConfigFault.
+
+    ``name``, ``name.namespace`` and whole host names are services; ``namespace/name`` is a service with this port,
+    or else a pod.
+    """
+    try:
+        return address_text(address_bytes(str(ipaddress.ip_address(host)))), "address"
+    except ValueError:
+        pass
+    space, separator, name = host.partition("/")
+    if separator:
+        wanted = f"{name}.{space}.svc."
+    else:
+        parts = host.split(".")
+        wanted = host if len(parts) > 3 else f"{parts[0]}.{parts[1] if len(parts) > 1 else namespace}.svc."
+    pods = [w for w in dump["workloads"] if separator and (w["namespace"], w["name"]) == (space, name)]
+    for service in dump["services"]:
+        if pods and str(port) not in service["ports"]:
+            continue
+        if service["hostname"] == wanted or service["hostname"].startswith(wanted):
+            vips = [vip.rpartition("/")[2] for vip in service["vips"]]
+            ends = [e["workloadUid"] for e in service["endpoints"].values()]
+            behind = [ip for w in dump["workloads"] if w["uid"] in ends for ip in w["workloadIps"]]
+            if address := _of_family(vips or behind, family):
+                return address, f"{'VIP' if vips else 'endpoint'} of service {service['namespace']}/{service['name']}"
+            raise ConfigFault("DST", host, "the service has neither a VIP nor an endpoint of this family")
+    if pods:
+        if address := _of_family(pods[0]["workloadIps"], family):
+            return address, f"address of pod {space}/{name}"
+        raise ConfigFault("DST", host, "the pod has no address of this family")
+    raise ConfigFault("DST", host, "is neither an address nor a service or pod that ztunnel knows")
+
+
+def _of_family(addresses: list[str], family: int) -> str:
+    wanted = [a for a in addresses if family == 0 or (":" in a) is (family == 6)]
+    return next((a for a in wanted if ":" not in a), wanted[0] if wanted else "")
+
+
+def _kernel(node: NodeSettings, cookie: int, address: str, port: int) -> Kernel:
+    with Maps.open(node.bpffs_dir) as maps:
+        return Kernel(
+            settings=maps.settings or SETTINGS_MISSING,
+            now_ns=time.monotonic_ns(),
+            enrolled=maps.enrolled.get(cookie) if cookie else None,
+            workload=maps.workloads.get(address),
+            service=maps.services.get(ServiceKey(address, port)),
+        )
+
+
+def _ask_why(node: NodeSettings, **query: Any) -> Row | None:
+    try:
+        found: Row = ask_json(Path(node.run_dir) / "ztunnel.sock", f"/why?{urlencode(query)}")
+        return found
+    except PlatformFault:
+        return None
+
+
+def _listening(nodes: dict[str, NodeSettings], answer: Row | None) -> dict[str, bool]:
+    """Of the endpoints on nodes of this machine: whether the kernel has their HBONE listener."""
+    found: dict[str, bool] = {}
+    for verdict in (answer or {}).get("verdicts", ()):
+        node = nodes.get(verdict.get("node", ""))
+        if node is not None:
+            ip = verdict["endpoint"].rpartition(":")[0].strip("[]")
+            with Maps.open(node.bpffs_dir) as maps:
+                found[ip] = maps.listeners.get(ip, LAYOUT["LISTENER_HBONE"]) is not None
+    return found
+
+
+def _agents(nodes: dict[str, NodeSettings], path: str) -> dict[str, Row]:
+    """What each node's agent answers; one that does not is said on stderr."""
+    found: dict[str, Row] = {}
+    for name, node in nodes.items():
+        try:
+            found[name] = ask_json(Path(node.run_dir) / "agent.sock", path)
+        except PlatformFault as fault:
+            click.echo(f"ambient: {name}: {fault}", err=True)
+    return found
+
+
+def gather(name: str, destination: str, family: int, nodes: dict[str, NodeSettings]) -> tuple[Facts, str]:
+    """Everything that is known about the connection, and what the destination is. Raises ConfigFault, PlatformFault."""
+    host, port = split_destination(destination)
+    source = find_source(name, _agents(nodes, "/status"))
+    node = nodes[source.node]
+    dump = ask_json(Path(node.run_dir) / "ztunnel.sock", "/config_dump")
+    address, what = resolve(host, port, source.name.partition("/")[0], dump, family)
+    kernel = _kernel(node, source.cookie, address, port)
+    answer = _ask_why(node, source=source.uid, ip=address, port=port) if kernel.enrolled else None
+    own = next((a for a in source.addresses if (":" in a) is (":" in address)), "")
+    plain = _ask_why(node, ip=address, port=port, source_ip=own)
+    at = nodes.get(next((v.get("node", "") for v in (plain or {}).get("verdicts", ())), ""))
+    there = _kernel(at, 0, address, port) if at is not None else None
+    route = (answer or {}).get("route") or {}
+    ends = [h["endpoint"].rpartition(":")[0].strip("[]") for h in route.get("hops", ())]
+    drift = [
+        {"node": where, **row}
+        for where, found in _agents(nodes, "/diff").items()
+        for row in touching(found["drift"], source.cookie, address, port, ends)
+    ]
+    return Facts(source, address, port, kernel, answer, plain, there, drift, _listening(nodes, answer)), what
+
+
+def rows_of(outcome: Outcome, facts: Facts, host: str, what: str) -> list[Row]:
+    """The steps as rows; the first says what the destination was taken for, the last is the path."""
+    first = {"step": "resolve", "where": "ztunnel", "result": facts.address, "why": f"{host}: {what}"}
+    last = outcome.steps[-1] | {"path": outcome.path, "allowed": outcome.allowed, "detail": outcome.detail}
+    return [first, *outcome.steps[:-1], last]
+
+
+@click.command()
+@click.argument("source")
+@click.argument("destination")
+@click.option("-4", "family", flag_value=4, type=int, help="An IPv4 address of the destination.")
+@click.option("-6", "family", flag_value=6, type=int, help="An IPv6 address of the destination.")
+@target_options
+@output_option
+def why(source: str, destination: str, family: int | None, target: Target, output: str) -> None:
+    """Explain what would happen to a connection from pod SOURCE to DESTINATION (HOST:PORT), and why.
+
+    Makes no connection. The decisions of the connect hook are made again over what the kernel holds now, those of
+    ztunnel by ztunnel itself over what it knows now; where the two differ, the step `drift` says so. SOURCE is
+    NAMESPACE/POD (or a Deployment's name); HOST an address, a service's name as the pod would write it, or
+    NAMESPACE/NAME of a service or pod. Exit code 1 if the connection would be refused.
+
+    \b
+    Example:
+      ambient why shop/frontend catalog:80
+      ambient why shop/frontend 10.244.2.3:8080 -o json
+    """
+    nodes = {node.node_name: node for node in find_nodes(target)}
+    facts, what = gather(source, destination, family or 0, nodes)
+    outcome = explain(facts)
+    rows = rows_of(outcome, facts, split_destination(destination)[0], what)
+    if output == "json":
+        click.echo(json.dumps(rows, indent=2))
+    else:
+        emit(rows, output, ("step", "where", "result", "why"))
+    sys.exit(1 if outcome.allowed is False else 0)

@@ -1,0 +1,261 @@
+"""What `ambient why` says: from facts about a connection to steps with reasons, and the path at the end. Pure.
+
+The decisions are made by `ambient.datapath.decide` (twins of the hooks') over entries read from the kernel, and by
+ztunnel itself over its World; here they are only put in order and compared.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from ambient.datapath import decide
+from ambient.datapath.layout import LAYOUT
+from ambient.datapath.render import flag_names, socket_text
+from ambient.datapath.values import EnrolledValue, ServiceKey, ServiceValue, SettingsValue, WorkloadValue, reason_name
+
+Row = dict[str, Any]
+LEFT_ALONE = ("bypass", "not_mesh", "loopback", "exempt", "none")
+_MEANING = {
+    "captured": "sent to ztunnel",
+    "not_synced": "sent to ztunnel: the kernel does not hold the whole World, so nothing counts as outside",
+    "not_mesh": "left alone: the destination is known not to be in the mesh",
+    "bypass": "left alone: bypassed by the operator, or open on failure and the agent is silent",
+    "loopback": "left alone: loopback",
+    "exempt": "left alone: a socket of the mesh itself",
+    "recursion": "refused (EPERM): a port of the mesh itself",
+    "dns": "sent to the DNS proxy",
+    "share_exceeded": "refused (EPERM): the workload has used up its share of connections",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Source:
+    """The client's pod as its node's agent knows it."""
+
+    node: str
+    name: str
+    uid: str
+    state: str
+    reason: str
+    detail: str
+    cookie: int
+    addresses: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Kernel:
+    """Entries of one node's maps that a connection touches; None is no such entry."""
+
+    settings: SettingsValue
+    now_ns: int
+    enrolled: EnrolledValue | None = None
+    workload: WorkloadValue | None = None
+    service: ServiceValue | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Facts:
+    """``answer`` is ztunnel's /why, None if it does not answer; ``drift`` rows of /diff that touch the connection;
+    ``listening`` says of destination addresses on known nodes whether their HBONE listener is in the kernel."""
+
+    source: Source
+    address: str
+    port: int
+    kernel: Kernel
+    answer: Mapping[str, Any] | None = None
+    plain: Mapping[str, Any] | None = None
+    """ztunnel's word on the same connection without an identity."""
+    there: Kernel | None = None
+    """What the destination's node holds, if that node is known here."""
+    drift: Sequence[Row] = ()
+    listening: Mapping[str, bool] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """``path``: plain, direct, redirect, ztunnel, dns or refused. ``allowed`` None: it depends on the endpoint."""
+
+    path: str
+    allowed: bool | None
+    detail: str
+    steps: tuple[Row, ...]
+
+
+class _Steps:
+    def __init__(self, source: Source) -> None:
+        self.node = source.node
+        self.rows: list[Row] = []
+
+    def add(self, step: str, where: str, result: str, why: str = "") -> None:
+        self.rows.append({"step": step, "where": where, "result": result, "why": why})
+
+    def outcome(self, path: str, allowed: bool | None, detail: str) -> Outcome:
+        word = {True: "allowed", False: "refused", None: "depends on the endpoint"}[allowed]
+        self.add("path", "", path if path != "refused" else "none", f"{word}: {detail}")
+        return Outcome(path, allowed, detail, tuple(self.rows))
+
+
+def explain(facts: Facts) -> Outcome:
+    """All steps of one connection, in the order in which they happen."""
+    steps = _Steps(facts.source)
+    source = facts.source
+    said = source.state + (f" ({source.reason})" if source.reason else "")
+    steps.add("source", f"{source.node} agent", f"{source.name}: {said}", source.detail)
+    for row in facts.drift:
+        steps.add("drift", f"{row['node']} kernel", f"{row['map']} {row['key']}: {row['drift']}", drift_text(row))
+    if facts.kernel.enrolled is None:
+        steps.add("connect", f"{source.node} kernel", "not captured", "no entry in `enrolled` for the pod's namespace")
+        return _plaintext(steps, facts)
+    reason = _connect(steps, facts)
+    if reason == "dns":
+        return steps.outcome("dns", True, "port 53 goes to the DNS proxy of this node")
+    if reason in LEFT_ALONE:
+        return _plaintext(steps, facts)
+    if reason not in ("captured", "not_synced"):
+        return steps.outcome("refused", False, f"{reason}: {_MEANING.get(reason, reason)}")
+    return _through_ztunnel(steps, facts)
+
+
+def _connect(steps: _Steps, facts: Facts) -> str:
+    """The connect hook's decision, over what the kernel holds now."""
+    kernel, enrolled = facts.kernel, facts.kernel.enrolled
+    assert enrolled is not None
+    out = decide.Outbound(
+        target=facts.address,
+        port=facts.port,
+        workload_known=kernel.workload is not None,
+        service_known=kernel.service is not None,
+        in_cluster=decide.address_in_cluster(facts.address, kernel.settings),
+        workload_flags=kernel.workload.flags if kernel.workload else 0,
+        enrolled_flags=enrolled.flags,
+        now_ns=kernel.now_ns,
+    )
+    reason = reason_name(decide.decide_outbound(out, kernel.settings))
+    if reason in ("captured", "not_synced") and enrolled.flows >= enrolled.flows_max:
+        reason = "share_exceeded"
+    known = []
+    if kernel.service:
+        known.append(f"service {kernel.service.service}")
+    if kernel.workload:
+        known.append("workload " + (",".join(flag_names("WORKLOAD_", kernel.workload.flags)) or "without flags"))
+    what = " and ".join(known) or ("unknown address inside the cluster" if out.in_cluster else "unknown address")
+    steps.add("connect", f"{facts.source.node} kernel", reason, f"{what}; {_MEANING.get(reason, '')}".strip("; "))
+    return reason
+
+
+def _plaintext(steps: _Steps, facts: Facts) -> Outcome:
+    """Not captured at the source: what becomes of it depends on the destination."""
+    verdict = _first(facts.plain)
+    target = socket_text(facts.address, facts.port)
+    if verdict is None:
+        return steps.outcome("plain", True, f"plain TCP to {target}, as without a mesh (no ztunnel said anything)")
+    if facts.kernel.service is not None:
+        return steps.outcome("plain", True, f"plain TCP to {target}, which the cluster's own service rules resolve")
+    if not verdict.get("enrolled"):
+        return steps.outcome("plain", True, f"plain TCP to {target}, which is not in the mesh")
+    there = facts.there
+    if there is not None and decide.inbound_bypassed(there.workload, there.settings, there.now_ns):
+        return steps.outcome("plain", True, f"plain TCP to {target}, whose capture is bypassed")
+    _policies(steps, verdict)
+    allowed = bool(verdict["allow"])
+    where = f"plaintext taken by the ztunnel of {verdict.get('node') or 'the destination'}"
+    return steps.outcome("ztunnel" if allowed else "refused", allowed, f"{where}: {reason_text(verdict)}")
+
+
+def _through_ztunnel(steps: _Steps, facts: Facts) -> Outcome:
+    answer = facts.answer
+    who = f"{facts.source.node} ztunnel"
+    if answer is None:
+        steps.add("route", who, "no answer", "connections wait in ztunnel's listener until it is back")
+        return steps.outcome("ztunnel", None, "ztunnel does not answer")
+    route = answer["route"]
+    if route["kind"] == "refused":
+        steps.add("route", who, f"refused: {route['reason']}", route["message"])
+        return steps.outcome("refused", False, f"{route['reason']}: {route['message']}")
+    hops = route["hops"]
+    ends = ", ".join(h["endpoint"] for h in hops[:5]) + (f" and {len(hops) - 5} more" if len(hops) > 5 else "")
+    of = f"service {route['service']}" if route.get("service") else "the address itself"
+    steps.add("route", who, f"{route['kind']} to {ends}", f"{of}; one of {len(hops)} by weight")
+    if route["kind"] == "tcp":
+        return steps.outcome("ztunnel", True, f"plain TCP from ztunnel to {ends}: the destination is not in the mesh")
+    verdicts = answer["verdicts"]
+    for verdict in verdicts:
+        _policies(steps, verdict)
+        ip = verdict["endpoint"].rpartition(":")[0].strip("[]")
+        if facts.listening.get(ip) is False:
+            steps.add(
+                "admit", f"{verdict.get('node', '')} kernel", "no HBONE listener", f"nothing takes tunnels to {ip}"
+            )
+    plain = [h["endpoint"] for h in hops if not h["authority"]]
+    allowed = {bool(v["allow"]) for v in verdicts} | ({True} if plain else set())
+    first = verdicts[0] if verdicts else {}
+    detail = f"HBONE to {ends}: {reason_text(first)}"
+    if allowed == {True}:
+        return steps.outcome("ztunnel", True, detail)
+    if allowed == {False}:
+        return steps.outcome("refused", False, f"{reason_text(first)}, at {first['endpoint']}")
+    return steps.outcome("ztunnel", None, "some endpoints allow it and some do not")
+
+
+def _policies(steps: _Steps, verdict: Mapping[str, Any]) -> None:
+    where = f"{verdict.get('node') or '?'} ztunnel"
+    for policy in verdict.get("policies", ()):
+        does = "matches" if policy["matches"] else "does not match"
+        note = "dry run, takes no part" if policy["dry_run"] else f"scope {policy['scope']}"
+        steps.add("policy", where, f"{policy['action']} {policy['policy']} {does}", note)
+    word = "allow" if verdict["allow"] else "deny"
+    who = verdict["identity"] or "a peer without identity"
+    steps.add("authorize", where, f"{word} {verdict['endpoint']}", f"{reason_text(verdict)}; for {who}")
+
+
+def reason_text(verdict: Mapping[str, Any]) -> str:
+    """Why a verdict is as it is, in words."""
+    policy = verdict.get("policy", "")
+    return {
+        "no_policy": "no policy selects the destination",
+        "policy": f"policy {policy}",
+        "default_deny": "ALLOW policies select the destination and none matches",
+        "strict": f"STRICT: {policy} takes no plaintext",
+    }.get(str(verdict.get("reason", "")), str(verdict.get("reason", "")))
+
+
+def drift_text(row: Row) -> str:
+    """ "the kernel holds X while the control plane says Y", for one row of /diff."""
+    from_kernel, wanted = row["actual"], row["wanted"]
+    if not from_kernel:
+        return "the kernel holds nothing while the control plane says there is an entry"
+    if not wanted:
+        return "the kernel holds an entry while the control plane says there is none"
+    changed = [name for name in wanted if wanted[name] != from_kernel.get(name)]
+    holds, says = (" ".join(f"{n}={values.get(n)}" for n in changed) for values in (from_kernel, wanted))
+    return f"the kernel holds {holds} while the control plane says {says}"
+
+
+def _first(answer: Mapping[str, Any] | None) -> Mapping[str, Any] | None:
+    if answer is None or not answer["verdicts"]:
+        return None
+    first: Mapping[str, Any] = answer["verdicts"][0]
+    return first
+
+
+def touching(drift: Sequence[Row], cookie: int, address: str, port: int, endpoints: Sequence[str]) -> list[Row]:
+    """Rows of /diff about the entries a connection touches."""
+    keys = {
+        ("enrolled", str(cookie)),
+        ("workloads", address),
+        ("services", socket_text(address, port)),
+        ("settings", "0"),
+        *(("workloads", ip) for ip in endpoints),
+        *(("listeners", f"{ip} {kind}") for ip in endpoints for kind in ("hbone", "plaintext")),
+    }
+    return [row for row in drift if (row["map"], row["key"]) in keys]
+
+
+def service_at(services: Mapping[ServiceKey, ServiceValue], address: str, port: int) -> ServiceValue | None:
+    return services.get(ServiceKey(address, port))
+
+
+SETTINGS_MISSING = SettingsValue(mode=LAYOUT["MODE_CAPTURE"], complete=0)
+"""What programs act by when there are no settings: everything is captured."""

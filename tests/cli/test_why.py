@@ -1,0 +1,208 @@
+"""`ambient why`: from entries and answers to steps and a path; the decisions themselves are tested elsewhere."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+
+from ambient.cli.why import find_source, resolve, split_destination
+from ambient.datapath.explain import Facts, Kernel, Source, explain, touching
+from ambient.datapath.layout import LAYOUT
+from ambient.datapath.values import EnrolledValue, ServiceValue, SettingsValue, WorkloadValue
+from ambient.errors import ConfigFault
+
+NOW = 10**12
+ENROLLED = LAYOUT["WORKLOAD_ENROLLED"]
+SOURCE = Source("node1", "shop/a", "uid-a", "enrolled", "", "", 77, ("10.0.0.1",))
+SETTINGS = SettingsValue(complete=1, heartbeat_ns=NOW)
+KERNEL = Kernel(SETTINGS, NOW, EnrolledValue("10.0.0.1", "", 1), WorkloadValue(2, ENROLLED, 5), None)
+POLICY = {"policy": "shop/p", "action": "deny", "scope": "namespace", "dry_run": False, "matches": True}
+
+
+def verdict(allow: bool, reason: str = "no_policy", **more: Any) -> dict[str, Any]:
+    return {
+        "endpoint": "10.0.1.2:8080",
+        "identity": "spiffe://cluster.local/ns/shop/sa/a",
+        "workload": "c//Pod/shop/b",
+        "node": "node2",
+        "enrolled": True,
+        "policies": [POLICY] if not allow else [],
+        "allow": allow,
+        "policy": "" if allow else "shop/p",
+        "reason": reason,
+    } | more
+
+
+def hop(endpoint: str = "10.0.1.2:8080", tunnel: bool = True) -> dict[str, Any]:
+    return {"endpoint": endpoint, "authority": endpoint if tunnel else ""}
+
+
+def answer(kind: str = "hbone", hops: Any = None, verdicts: Any = None, **more: Any) -> dict[str, Any]:
+    route = {"kind": kind, "hops": hops if hops is not None else [hop()], "service": "", "reason": "", "message": ""}
+    return {"synced": True, "route": route | more, "verdicts": verdicts if verdicts is not None else [verdict(True)]}
+
+
+FACTS = Facts(SOURCE, "10.0.1.2", 8080, KERNEL, answer(), {"verdicts": [verdict(True)]})
+
+
+def ended(facts: Facts) -> tuple[str, bool | None]:
+    outcome = explain(facts)
+    assert outcome.steps[-1]["step"] == "path"
+    return outcome.path, outcome.allowed
+
+
+def test_a_tunnel_is_explained_from_the_hook_to_the_policies() -> None:
+    outcome = explain(FACTS)
+    assert (outcome.path, outcome.allowed) == ("ztunnel", True)
+    assert [row["step"] for row in outcome.steps] == ["source", "connect", "route", "authorize", "path"]
+    assert outcome.steps[1]["result"] == "captured" and "enrolled" in outcome.steps[1]["why"]
+
+
+def test_a_denial_names_the_policy_that_matched() -> None:
+    outcome = explain(replace(FACTS, answer=answer(verdicts=[verdict(False, "policy")])))
+    assert (outcome.path, outcome.allowed) == ("refused", False)
+    assert any(row["step"] == "policy" and "deny shop/p matches" in row["result"] for row in outcome.steps)
+    assert "policy shop/p" in outcome.detail
+
+
+def test_endpoints_that_disagree_leave_it_open() -> None:
+    both = [verdict(True), verdict(False, "default_deny", endpoint="10.0.1.3:8080")]
+    facts = replace(FACTS, answer=answer(hops=[hop(), hop("10.0.1.3:8080")], verdicts=both))
+    assert ended(facts) == ("ztunnel", None)
+
+
+def test_what_ztunnel_refuses_or_passes_in_plaintext_is_said() -> None:
+    refused = answer("refused", [], [], reason="no_endpoint", message="service x has no healthy endpoint")
+    assert ended(replace(FACTS, answer=refused)) == ("refused", False)
+    assert "no healthy endpoint" in explain(replace(FACTS, answer=refused)).detail
+    assert ended(replace(FACTS, answer=answer("tcp", [hop(tunnel=False)], []))) == ("ztunnel", True)
+    assert ended(replace(FACTS, answer=None)) == ("ztunnel", None)
+
+
+@pytest.mark.parametrize(
+    ("change", "path", "allowed"),
+    [
+        ({"workload": None}, "plain", True),  # nobody of the mesh
+        ({"settings": replace(SETTINGS, complete=0), "workload": None}, "ztunnel", True),
+        ({"settings": replace(SETTINGS, mode=1)}, "plain", True),
+        ({"enrolled": replace(KERNEL.enrolled, flows=9, flows_max=9)}, "refused", False),
+        ({"service": ServiceValue(3, 0), "workload": None}, "ztunnel", True),
+    ],
+)
+def test_the_hook_decides_over_what_the_kernel_holds(change: dict[str, Any], path: str, allowed: bool) -> None:
+    plain = {"verdicts": [verdict(True, enrolled=False, identity="")]}
+    assert ended(replace(FACTS, kernel=replace(KERNEL, **change), plain=plain)) == (path, allowed)
+
+
+def test_ports_of_the_mesh_and_dns_have_their_own_ends() -> None:
+    assert ended(replace(FACTS, port=15008)) == ("refused", False)
+    assert ended(replace(FACTS, port=53)) == ("dns", True)
+
+
+def test_a_pod_outside_the_mesh_meets_the_destinations_ztunnel_in_plaintext() -> None:
+    outside = replace(KERNEL, enrolled=None)
+    source = replace(SOURCE, state="refused", reason="host_network", detail="uses the host's network")
+    strict = {"verdicts": [verdict(False, "strict", identity="", policy="istio-system/s")]}
+    facts = replace(FACTS, source=source, kernel=outside, answer=None, plain=strict)
+    outcome = explain(facts)
+    assert (outcome.path, outcome.allowed) == ("refused", False) and "STRICT" in outcome.detail
+    assert "host_network" in outcome.steps[0]["result"] and "host's network" in outcome.steps[0]["why"]
+    assert ended(replace(facts, plain={"verdicts": [verdict(True, identity="")]})) == ("ztunnel", True)
+    assert ended(replace(facts, plain={"verdicts": [verdict(True, enrolled=False)]})) == ("plain", True)
+    # bypassed at the destination, too: nobody takes the plaintext
+    workload = WorkloadValue(2, ENROLLED | LAYOUT["WORKLOAD_BYPASS"], 5)
+    assert ended(replace(facts, there=replace(outside, workload=workload))) == ("plain", True)
+    assert ended(replace(facts, kernel=replace(outside, workload=workload), there=outside)) == ("refused", False)
+
+
+def test_drift_is_told_as_what_the_kernel_holds_and_the_control_plane_says() -> None:
+    row = {
+        "node": "node1",
+        "map": "workloads",
+        "key": "10.0.1.2",
+        "drift": "differs",
+        "wanted": {"flags": ["enrolled"], "workload": 2},
+        "actual": {"flags": [], "workload": 2},
+    }
+    other = {**row, "key": "10.0.1.9"}
+    assert touching([row, other], 77, "10.0.1.2", 8080, []) == [row]
+    (step,) = [s for s in explain(replace(FACTS, drift=[row])).steps if s["step"] == "drift"]
+    assert step["why"] == "the kernel holds flags=[] while the control plane says flags=['enrolled']"
+    missing = explain(replace(FACTS, drift=[{**row, "actual": {}}])).steps[1]["why"]
+    assert missing == "the kernel holds nothing while the control plane says there is an entry"
+
+
+def test_a_missing_listener_at_the_destination_is_a_step() -> None:
+    steps = explain(replace(FACTS, listening={"10.0.1.2": False})).steps
+    assert [s["result"] for s in steps if s["step"] == "admit"] == ["no HBONE listener"]
+    assert not [s for s in explain(replace(FACTS, listening={"10.0.1.2": True})).steps if s["step"] == "admit"]
+
+
+def test_destinations_are_read_and_wrong_ones_refused() -> None:
+    assert split_destination("catalog:80") == ("catalog", 80)
+    assert split_destination("[fd00::1]:80") == ("fd00::1", 80)
+    for wrong in ("catalog", "catalog:", ":80", "catalog:http", "catalog:0", "catalog:65536"):
+        with pytest.raises(ConfigFault, match="HOST:PORT"):
+            split_destination(wrong)
+
+
+DUMP: dict[str, Any] = {
+    "services": [
+        {
+            "name": "web",
+            "namespace": "shop",
+            "hostname": "web.shop.svc.cluster.local",
+            "vips": ["/10.96.0.1", "/fd00:96::1"],
+            "ports": {"80": 8080},
+            "endpoints": {},
+        },
+        {
+            "name": "headless",
+            "namespace": "shop",
+            "hostname": "headless.shop.svc.cluster.local",
+            "vips": [],
+            "ports": {"80": 80},
+            "endpoints": {"w": {"workloadUid": "uid-b"}},
+        },
+    ],
+    "workloads": [{"uid": "uid-b", "namespace": "shop", "name": "b", "workloadIps": ["fd00::2", "10.0.1.2"]}],
+}
+
+
+@pytest.mark.parametrize(
+    ("host", "family", "address"),
+    [
+        ("10.9.9.9", 0, "10.9.9.9"),
+        ("::ffff:10.9.9.9", 0, "10.9.9.9"),
+        ("web", 0, "10.96.0.1"),
+        ("web.shop", 6, "fd00:96::1"),
+        ("web.shop.svc.cluster.local", 0, "10.96.0.1"),
+        ("shop/web", 0, "10.96.0.1"),
+        ("headless", 0, "10.0.1.2"),
+        ("shop/b", 6, "fd00::2"),
+    ],
+)
+def test_names_are_what_the_pod_would_reach(host: str, family: int, address: str) -> None:
+    assert resolve(host, 80, "shop", DUMP, family)[0] == address
+
+
+@pytest.mark.parametrize("host", ["web.other", "nothing", "other/b", "example.com"])
+def test_a_name_nobody_knows_is_refused(host: str) -> None:
+    with pytest.raises(ConfigFault, match="neither an address nor"):
+        resolve(host, 80, "shop", DUMP, 0)
+
+
+def test_the_source_is_a_pod_or_one_of_a_deployment() -> None:
+    def row(name: str) -> dict[str, Any]:
+        known = {"namespace": "shop", "uid": f"uid-{name}", "state": "enrolled", "reason": "", "detail": ""}
+        return {**known, "name": name, "netns_cookie": 1, "addresses": []}
+
+    statuses = {"node1": {"pods": [row("web-7f-x"), row("web-7f-a")]}, "node2": {"pods": [row("web")]}}
+    assert find_source("shop/web", statuses).node == "node2"
+    assert find_source("shop/web-7f", statuses).name == "shop/web-7f-a"
+    with pytest.raises(ConfigFault, match="no agent here knows"):
+        find_source("shop/we", statuses)
+    with pytest.raises(ConfigFault, match="NAMESPACE/POD"):
+        find_source("web", statuses)
