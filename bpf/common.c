@@ -7,6 +7,7 @@
 #include "layout.h"
 #include "decide.h"
 #include "compat.h"
+#include "redirect.h"
 #include "maps.h"
 
 #define REFUSE 0 /* the system call fails with EPERM */

@@ -4,6 +4,8 @@
     BPFFS_DIR/VERSION/progs/sk_lookup      the one program that is attached later, pod by pod
     BPFFS_DIR/VERSION/links/HOOK           attachments to the node's and the pods' cgroup
     BPFFS_DIR/VERSION/pods/UID/sk_lookup   attachment to a pod's network namespace
+    BPFFS_DIR/VERSION/progs/enrol          the tc program of redirection; missing where redirection is off
+    BPFFS_DIR/VERSION/pods/UID/enrol       its attachment to a pod's interface (ambient.io.bpf_tc)
 
 Everything is attached by bpf_link: a link never disturbs foreign programs, and its pin outlives us.
 """
@@ -24,11 +26,16 @@ from ambient.io import bpf_sys, bpffs, cgroup, netns
 POD: Final = "pod"
 NODE: Final = "node"
 PODS: Final = "pods"
+INTERFACE: Final = "interface"
+SOCKETS: Final = "sockets"
 
 
 @dataclass(frozen=True, slots=True)
 class Hook:
-    """``where``: PODS or NODE (a cgroup), or POD (a network namespace)."""
+    """``where``: PODS or NODE (a cgroup), POD (a network namespace), INTERFACE (a pod's), or SOCKETS (the map).
+
+    Without the hooks of redirection (REDIRECTION) a node works, and its same-node flows are native.
+    """
 
     name: str
     where: str
@@ -49,7 +56,11 @@ HOOKS: Final = (
     Hook("probe4", NODE, bpf_sys.PROG_TYPE_CGROUP_SOCK_ADDR, bpf_sys.ATTACH_CONNECT4),
     Hook("probe6", NODE, bpf_sys.PROG_TYPE_CGROUP_SOCK_ADDR, bpf_sys.ATTACH_CONNECT6),
     Hook("sk_lookup", POD, bpf_sys.PROG_TYPE_SK_LOOKUP, bpf_sys.ATTACH_SK_LOOKUP),
+    Hook("enrol", INTERFACE, bpf_sys.PROG_TYPE_SCHED_CLS, bpf_sys.ATTACH_TCX_INGRESS),
+    Hook("sk_msg", SOCKETS, bpf_sys.PROG_TYPE_SK_MSG, bpf_sys.ATTACH_SK_MSG),
+    Hook("setsockopt", PODS, bpf_sys.PROG_TYPE_CGROUP_SOCKOPT, bpf_sys.ATTACH_SETSOCKOPT),
 )
+REDIRECTION: Final = ("enrol", "sk_msg", "setsockopt")
 
 _UID = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,127}")
 
@@ -109,7 +120,8 @@ def attach_cgroup(prog_fd: int, hook: Hook, directory: str | Path) -> int:
         os.close(fd)
 
 
-def _pod_dir(bpffs_dir: str | Path, pod_uid: str) -> Path:
+def pod_dir(bpffs_dir: str | Path, pod_uid: str) -> Path:
+    """Where a pod's attachments are pinned. Raises PlatformFault for what is no UID."""
     if not _UID.fullmatch(pod_uid):
         raise PlatformFault(f"pod UID {pod_uid!r}: letters, digits and dashes, at most 128")
     return version_dir(bpffs_dir) / "pods" / pod_uid
@@ -120,7 +132,7 @@ def attach_sk_lookup(bpffs_dir: str | Path, netns_fd: int, pod_uid: str) -> bool
 
     A pin left by an earlier namespace of the same pod is replaced.
     """
-    directory = _pod_dir(bpffs_dir, pod_uid)
+    directory = pod_dir(bpffs_dir, pod_uid)
     pin = directory / "sk_lookup"
     if pin.exists():
         link = bpf_sys.obj_get(str(pin))
@@ -146,8 +158,8 @@ def attach_sk_lookup(bpffs_dir: str | Path, netns_fd: int, pod_uid: str) -> bool
 
 
 def detach_sk_lookup(bpffs_dir: str | Path, pod_uid: str) -> bool:
-    """Stop steering in a pod's namespace. False if there was nothing; safe to repeat."""
-    directory = _pod_dir(bpffs_dir, pod_uid)
+    """Stop steering in a pod's namespace, and whatever else is attached. False if there was nothing; safe to repeat."""
+    directory = pod_dir(bpffs_dir, pod_uid)
     pin = directory / "sk_lookup"
     if not pin.exists():
         bpffs.remove_tree(directory)
@@ -187,8 +199,9 @@ class Attachment:
 def attachments(bpffs_dir: str | Path) -> list[Attachment]:
     """What is attached to the cgroups, hook by hook."""
     found = []
+    redirection = can_redirect(bpffs_dir)
     for hook in HOOKS:
-        if hook.where == POD:
+        if hook.where not in (NODE, PODS) or (hook.name in REDIRECTION and not redirection):
             continue
         pin = version_dir(bpffs_dir) / "links" / hook.name
         if not pin.exists():
@@ -201,6 +214,11 @@ def attachments(bpffs_dir: str | Path) -> list[Attachment]:
             os.close(link)
         found.append(Attachment(hook.name, hook.where, info.target, info.prog_id))
     return found
+
+
+def can_redirect(bpffs_dir: str | Path) -> bool:
+    """Whether the programs of redirection were loaded."""
+    return (version_dir(bpffs_dir) / "progs" / "enrol").exists()
 
 
 def other_versions(bpffs_dir: str | Path) -> list[str]:
@@ -230,7 +248,7 @@ def unload(bpffs_dir: str | Path, versions: list[str] | None = None) -> None:
 
 def detach_links(directory: Path) -> None:
     """Detach every link pinned below a directory, now, whoever else may hold it."""
-    for pin in [*directory.glob("links/*"), *directory.glob("pods/*/sk_lookup")]:
+    for pin in [*directory.glob("links/*"), *directory.glob("pods/*/*")]:
         try:
             link = bpf_sys.obj_get(str(pin))
         except bpf_sys.BpfFault:

@@ -22,11 +22,12 @@ from pathlib import Path
 from typing import Any, Final
 
 from ambient.datapath.layout import LAYOUT, source_directory
+from ambient.datapath.values import SettingsValue
 from ambient.errors import AmbientError, OurFault, PlatformFault
-from ambient.io import bpf_links, bpf_selftest, bpf_sys, bpffs, cgroup, kernel_headers
+from ambient.io import bpf_links, bpf_selftest, bpf_selftest_redirect, bpf_sys, bpffs, btf, cgroup, kernel_headers
 from ambient.io.bpf_maps import SPEC, Maps, check_map
 
-SOURCES: Final = ("common", "connect", "getpeername", "dns", "sockops", "probe", "sk_lookup")
+SOURCES: Final = ("common", "connect", "getpeername", "dns", "sockops", "probe", "sk_lookup", "sk_msg", "enrol", "setsockopt")
 """Files of bpf/ in the order they make one text: bcc rewrites map methods only in its main text, and one
 text shares its maps."""
 
@@ -63,13 +64,23 @@ class Compiled:
                 os.environ["BCC_KERNEL_SOURCE"] = str(headers)
             try:
                 # bcc wants bytes and warns about text, except for flags, where it is the other way round.
+                macros, self.redirection = btf.redirect_macros()
                 flags = ["-I", str(sources / "include"), "-Wall"]
+                flags += [f"-D{name}={value}" for name, value in macros.items()]
                 self._module = bcc.BPF(text=source_text(sources).encode(), cflags=flags)
             except Exception as error:
                 said = str(error)[-500:]
                 raise OurFault(f"the eBPF programs do not compile (headers: {self.headers}): {said}") from None
         self.maps = {name: self._map(name) for name in SPEC}
-        self.programs = {hook.name: self._load(hook) for hook in bpf_links.HOOKS}
+        self.programs: dict[str, int] = {}
+        for hook in bpf_links.HOOKS:
+            if hook.name not in bpf_links.REDIRECTION:
+                self.programs[hook.name] = self._load(hook)
+            elif not self.redirection:
+                try:
+                    self.programs[hook.name] = self._load(hook)
+                except PlatformFault as fault:
+                    self.redirection = str(fault)
         self.seconds = time.monotonic() - started
 
     def _map(self, name: str) -> int:
@@ -141,14 +152,20 @@ def load(bpffs_dir: str | Path, node_cgroup: str | Path, pods_cgroup: str | Path
             for name, fd in compiled.maps.items():
                 bpf_sys.obj_pin(fd, str(aside / "maps" / name))
             bpf_sys.obj_pin(compiled.programs["sk_lookup"], str(aside / "progs" / "sk_lookup"))
+            redirection = bpf_selftest_redirect.run(compiled.redirection)
+            able = bool(redirection.bits & LAYOUT["CAN_REDIRECT"])
             for hook in bpf_links.HOOKS:
-                if hook.where == bpf_links.POD:
+                if hook.where not in where or (hook.name in bpf_links.REDIRECTION and not able):
                     continue
                 link = bpf_links.attach_cgroup(compiled.programs[hook.name], hook, where[hook.where])
                 try:
                     bpf_sys.obj_pin(link, str(aside / "links" / hook.name))
                 finally:
                     os.close(link)
+            if able:
+                _attach_sk_msg(compiled, aside)
+                bpf_sys.obj_pin(compiled.programs["enrol"], str(aside / "progs" / "enrol"))
+            _tell(compiled.maps["settings"], redirection.bits)
             os.rename(aside, bpf_links.version_dir(root))
         except BaseException:
             bpf_links.detach_links(aside)
@@ -159,8 +176,31 @@ def load(bpffs_dir: str | Path, node_cgroup: str | Path, pods_cgroup: str | Path
         f"loaded layout {LAYOUT.version} in {root} ({compiled.seconds:.1f} s, headers {compiled.headers}); "
         f"attached to {where[bpf_links.PODS]} and {where[bpf_links.NODE]}"
         + (f"; still pinned: {', '.join(others)}" if others else "")
-        + (f"; {untried}" if untried else "")
+        + "".join(f"; {said}" for said in (untried, *redirection.said) if said)
     )
+
+
+def _attach_sk_msg(compiled: Compiled, aside: Path) -> None:
+    """To the sockhash: by a link (6.10), else the map keeps the program, and is pinned."""
+    prog, table = compiled.programs["sk_msg"], compiled.maps["sockets"]
+    try:
+        link = bpf_sys.link_create(prog, table, bpf_sys.ATTACH_SK_MSG, "sk_msg to map sockets")
+    except bpf_sys.BpfFault:
+        bpf_sys.prog_attach(prog, table, bpf_sys.ATTACH_SK_MSG, "sk_msg to map sockets")
+        return
+    try:
+        bpf_sys.obj_pin(link, str(aside / "links" / "sk_msg"))
+    finally:
+        os.close(link)
+
+
+def _tell(settings: int, bits: int) -> None:
+    """Leave what was found where the agent finds it; it keeps these bits, and writes everything else."""
+    table = bpf_sys.Table(os.dup(settings), "settings")
+    try:
+        table.update(bytes(4), SettingsValue(acceleration=bits).encode())
+    finally:
+        table.close()
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -177,7 +217,8 @@ def main(arguments: list[str] | None = None) -> int:
             compiled = Compiled()
             untried = bpf_selftest.run(compiled.maps, compiled.programs, Path(options.node_cgroup))
             said = f"layout {LAYOUT.version} compiles and loads ({compiled.seconds:.1f} s, headers {compiled.headers})"
-            print(said + (f"; {untried}" if untried else ""))
+            redirection = bpf_selftest_redirect.run(compiled.redirection)
+            print(said + "".join(f"; {text}" for text in (untried, *redirection.said) if text))
         else:
             print(load(options.bpffs_dir, options.node_cgroup, options.pods_cgroup))
     except AmbientError as error:

@@ -28,6 +28,7 @@ MAP_DELETE_ELEM: Final = 3
 MAP_GET_NEXT_KEY: Final = 4
 OBJ_PIN: Final = 6
 OBJ_GET: Final = 7
+PROG_ATTACH: Final = 8
 PROG_GET_FD_BY_ID: Final = 13
 OBJ_GET_INFO_BY_FD: Final = 15
 PROG_QUERY: Final = 16
@@ -44,8 +45,11 @@ NOEXIST: Final = 1
 EXIST: Final = 2
 
 MAP_TYPE_SOCKHASH: Final = 18
+PROG_TYPE_SCHED_CLS: Final = 3
 PROG_TYPE_SOCK_OPS: Final = 13
 PROG_TYPE_CGROUP_SOCK_ADDR: Final = 18
+PROG_TYPE_SK_MSG: Final = 16
+PROG_TYPE_CGROUP_SOCKOPT: Final = 25
 PROG_TYPE_SK_LOOKUP: Final = 30
 
 ATTACH_SOCK_OPS: Final = 3
@@ -58,9 +62,14 @@ ATTACH_RECVMSG6: Final = 20
 ATTACH_GETPEERNAME4: Final = 29
 ATTACH_GETPEERNAME6: Final = 30
 ATTACH_SK_LOOKUP: Final = 36
+ATTACH_SK_MSG: Final = 7
+ATTACH_SETSOCKOPT: Final = 22
+ATTACH_TCX_INGRESS: Final = 46
 
 LINK_TYPE_CGROUP: Final = 3
 LINK_TYPE_NETNS: Final = 5
+LINK_TYPE_TCX: Final = 11
+LINK_TYPE_SOCKMAP: Final = 14
 
 ATTACH_FLAGS: Final = {0: "exclusive", 1: "override", 2: "multi"}
 
@@ -188,6 +197,12 @@ def link_create(prog_fd: int, target_fd: int, attach_type: int, what: str) -> in
     """
     result, _ = _command(LINK_CREATE, struct.pack("=IIII", prog_fd, target_fd, attach_type, 0))
     return _check(f"attach {what}", result)
+
+
+def prog_attach(prog_fd: int, target_fd: int, attach_type: int, what: str) -> None:
+    """Attach without a link: a sockhash keeps its program as long as it lives."""
+    result, _ = _command(PROG_ATTACH, struct.pack("=IIII", target_fd, prog_fd, attach_type, 0))
+    _check(f"attach {what}", result)
 
 
 def link_update(link_fd: int, prog_fd: int) -> None:

@@ -207,4 +207,47 @@ static __always_inline int inbound_bypassed(const struct workload_value *local, 
 	return (local->flags & WORKLOAD_OPEN) && heartbeat_stopped(settings, now_ns);
 }
 
+#define REDIRECT_NATIVE_EVERY_NS 5000000000ull
+
+/* What is known of a message and of the two sockets it goes between. */
+struct redirection {
+	__u64 now_ns;
+	__u64 last_native_ns;
+	__u32 size;             /* of the message */
+	__u32 state;            /* FLOW_NATIVE or FLOW_REDIRECT */
+	__u32 queued_messages;  /* redirected since the receiver held nothing */
+	__u32 rmem;             /* bytes the receiver holds, native and redirected */
+	__u32 high;
+	__s32 forward;          /* bytes already set aside for the receiver */
+	__u8 native_gone;       /* no native byte of this direction is unread anywhere */
+	__u8 receiver_ready;    /* its descriptor exists and is O_NONBLOCK */
+	__u8 pressed;           /* memory might be refused */
+	__u8 pad[5];
+};
+
+/* What a receiver may hold before it is sent native bytes, which TCP holds back. */
+static __always_inline __u32 redirect_high(__u32 wanted, __u32 rcvbuf)
+{
+	__u32 high = wanted ? wanted : REDIRECT_HIGH_BYTES;
+
+	return high < 2 * rcvbuf ? high : 2 * rcvbuf;
+}
+
+static __always_inline int redirect_full(const struct redirection *seen)
+{
+	return seen->rmem > seen->high || seen->queued_messages >= REDIRECT_MESSAGES;
+}
+
+/* Whether a message may be redirected; else it goes natively. */
+static __always_inline int decide_redirect(const struct redirection *seen)
+{
+	if (!seen->receiver_ready || seen->pressed || redirect_full(seen))
+		return 0;
+	/* A native message at times shows the path's own filters that the connection lives, and obeys them. Rather
+	 * when nothing is unread, so that the reader finds it in the same turn. */
+	if (seen->now_ns - seen->last_native_ns > (seen->rmem ? 2ull : 1ull) * REDIRECT_NATIVE_EVERY_NS)
+		return 0;
+	return seen->state == FLOW_REDIRECT || seen->native_gone;
+}
+
 #endif

@@ -80,9 +80,9 @@ enum reason {
 	REASON_REDIRECT_INSERTED = 32,  /* socket put into the sockhash */
 	REASON_REDIRECT_BLOCKING = 33,  /* receiver turned blocking: its flow stays native */
 	REASON_REDIRECT_HIGH = 34,      /* receiver holds enough: the direction went native */
-	REASON_REDIRECT_ENOMEM = 35,    /* a redirected message found no memory: the sender saw ENOMEM */
+	REASON_REDIRECT_PRESSED = 35,   /* memory may be short: the message went native, instead of ENOMEM for its sender */
 	REASON_REDIRECT_ZEROCOPY = 36,  /* sender uses SO_ZEROCOPY: not put into the sockhash */
-	REASON_KTLS_REFUSED = 37,       /* TCP_ULP on a socket of the sockhash refused */
+	REASON_REDIRECT_OPTION = 37,    /* TCP_ULP or SO_ZEROCOPY on a socket of the sockhash refused */
 	REASON_MAX = 38,
 };
 
@@ -123,6 +123,15 @@ enum listener_kind {
 /* settings.acceleration: what the self-tests of the loader found this kernel able to do. */
 #define CAN_REDIRECT 1          /* redirected bytes are charged, kTLS is refused: `redirect` is honoured */
 #define AUTO_REDIRECT 2         /* splice reads redirected bytes in order: `auto` means `redirect` */
+#define DRAINING 4              /* a newer layout is at work: native only, nothing enters `sockets` */
+#define NO_OFFSETS 8            /* why not CAN_REDIRECT: the kernel's BTF is missing or lacks a field */
+#define NO_CHARGE 16            /* ... redirected bytes are not charged to the receiver */
+#define NO_PROGRAMS 32          /* ... the kernel refuses one of the programs */
+#define ULP_ALLOWED 64          /* the kernel lets TCP_ULP "tls" onto a socket in a sockhash: the setsockopt hook does not */
+
+/* Bounds of what a receiver may hold unread by redirection. */
+#define REDIRECT_HIGH_BYTES 1048576
+#define REDIRECT_MESSAGES 256
 
 /* settings.mode */
 #define MODE_CAPTURE 0

@@ -1,0 +1,200 @@
+/* redirect.h - what the helpers do not tell of a socket, read from the kernel's own structures.
+ *
+ * OFF_* are offsets in bytes of the running kernel, taken from its BTF by the loader (ambient/io/btf.py) and never from
+ * headers; without them REDIRECT_OFFSETS is 0 and nothing is read. A pointer from `flows` counts only while the
+ * socket's skc_cookie is the one kept beside it. struct sock is type-stable under RCU, where programs run: memory read
+ * before a check that succeeds belonged to that very socket, because cookies are never used again.
+ */
+#ifndef AMBIENT_REDIRECT_H
+#define AMBIENT_REDIRECT_H
+
+#include "compat.h"
+
+#define FILE_NONBLOCK 04000 /* O_NONBLOCK of asm-generic: x86, arm64, riscv, s390, powerpc */
+#define STATE_ESTABLISHED 1
+#define LOOK_NS 50000000ull /* between looks at a socket that was looked at LOOKS_AT_ONCE times */
+#define LOOKS_AT_ONCE 16
+#define LOOKS_MAX 1024 /* then the flow stays native for good */
+
+static __always_inline __u32 read32(__u64 base, __u32 offset)
+{
+	__u32 value = 0;
+
+	bpf_probe_read_kernel(&value, sizeof(value), (void *)(base + offset));
+	return value;
+}
+
+static __always_inline __u64 read64(__u64 base, __u32 offset)
+{
+	__u64 value = 0;
+
+	bpf_probe_read_kernel(&value, sizeof(value), (void *)(base + offset));
+	return value;
+}
+
+/* A socket pointer as a number: the verifier allows no arithmetic on the pointer itself. */
+static __always_inline __u64 sock_address(struct bpf_sock *sk)
+{
+	__u64 number = 0;
+
+	bpf_probe_read_kernel(&number, sizeof(number), &sk);
+	return number;
+}
+
+static __always_inline int sock_is(__u64 sock, __u64 cookie)
+{
+	return sock && cookie && read64(sock, OFF_SOCK_COOKIE) == cookie;
+}
+
+#define FILE_NONE 0
+#define FILE_BLOCKS 1
+#define FILE_NONBLOCKING 2
+
+/* How the application's descriptor is set; FILE_NONE before accept() and after close(). */
+static __always_inline int sock_file(__u64 sock)
+{
+	__u64 file, sk_socket = read64(sock, OFF_SOCK_SOCKET);
+
+	if (!sk_socket)
+		return FILE_NONE;
+	file = read64(sk_socket, OFF_SOCKET_FILE);
+	if (!file)
+		return FILE_NONE;
+	return read32(file, OFF_FILE_FLAGS) & FILE_NONBLOCK ? FILE_NONBLOCKING : FILE_BLOCKS;
+}
+
+static __always_inline int sock_zerocopy(__u64 sock)
+{
+	return (read64(sock, OFF_SOCK_FLAGS) >> SOCK_FLAG_ZEROCOPY) & 1;
+}
+
+/* Whether memory for a socket may be refused: the protocol's limits, or those of its cgroup. */
+static __always_inline int sock_pressed(__u64 sock, __u32 size)
+{
+	__u64 counter, prot = read64(sock, OFF_SOCK_PROT);
+
+	counter = read64(prot, OFF_PROTO_PRESSURE);
+	if (counter && read64(counter, 0))
+		return 1;
+#ifdef OFF_MEMCG_PRESSURE
+	{
+		__u64 group = read64(sock, OFF_SOCK_MEMCG);
+
+		if (!group)
+			return 0;
+		if ((__s64)(read64(group, OFF_MEMCG_PRESSURE) - bpf_jiffies64()) > 0)
+			return 1;
+#ifdef OFF_MEMCG_TCP_PRESSURE
+		if (read32(group, OFF_MEMCG_TCP_PRESSURE))
+			return 1;
+		/* The first charge beyond a v1 limit fails before it says so; 64 pages are charged at a time. */
+		if (read32(group, OFF_MEMCG_TCP_ACTIVE) & 0xff &&
+		    read64(group, OFF_MEMCG_TCP_USAGE) + 64 + size / 4096 > read64(group, OFF_MEMCG_TCP_MAX))
+			return 1;
+#endif
+	}
+#endif
+	return 0;
+}
+
+static __always_inline struct tuple_key msg_tuple(struct sk_msg_md *ctx)
+{
+	struct tuple_key key = {};
+
+	if (ctx->family == FAMILY_INET6) {
+		key.local = address_of6(WORD(ctx->local_ip6[0]), WORD(ctx->local_ip6[1]), WORD(ctx->local_ip6[2]), WORD(ctx->local_ip6[3]));
+		key.remote = address_of6(WORD(ctx->remote_ip6[0]), WORD(ctx->remote_ip6[1]), WORD(ctx->remote_ip6[2]), WORD(ctx->remote_ip6[3]));
+	} else {
+		key.local = address_of4(ctx->local_ip4);
+		key.remote = address_of4(ctx->remote_ip4);
+	}
+	key.local_port = ctx->local_port;
+	key.remote_port = (__u16)swap32(ctx->remote_port);
+	return key;
+}
+
+static __always_inline __u64 msg_sock(struct sk_msg_md *ctx)
+{
+	return ctx->sk ? sock_address(ctx->sk) : 0;
+}
+
+static __always_inline __u32 msg_size(struct sk_msg_md *ctx)
+{
+	return ctx->size;
+}
+
+/* The state of a socket the tc program found. */
+static __always_inline __u32 found_state(struct bpf_sock *sk)
+{
+	return sk->state;
+}
+
+#define ETHERNET_BYTES 14
+#define ETHERTYPE_IP4 0x0800
+#define ETHERTYPE_IP6 0x86dd
+
+/* Both forms of the addresses of a TCP packet that arrives; the length of the second, 0 if it is not one. */
+static __always_inline __u32 packet_tuple(struct __sk_buff *skb, struct tuple_key *key, struct bpf_sock_tuple *tuple)
+{
+	__u32 protocol = swap16((__u16)skb->protocol), words[8], transport, length;
+	__u8 first = 0, kind = 0;
+	__u16 local_port, remote_port;
+
+	if (protocol == ETHERTYPE_IP4) {
+		if (bpf_skb_load_bytes(skb, ETHERNET_BYTES, &first, 1) || bpf_skb_load_bytes(skb, ETHERNET_BYTES + 9, &kind, 1) ||
+		    kind != PROTOCOL_TCP || bpf_skb_load_bytes(skb, ETHERNET_BYTES + 12, words, 8))
+			return 0;
+		transport = ETHERNET_BYTES + 4 * (first & 15);
+		tuple->ipv4.saddr = words[0];
+		tuple->ipv4.daddr = words[1];
+		key->remote = address_of4(words[0]);
+		key->local = address_of4(words[1]);
+		length = sizeof(tuple->ipv4);
+	} else if (protocol == ETHERTYPE_IP6) {
+		/* With extension headers it is left alone: such a flow stays native. */
+		if (bpf_skb_load_bytes(skb, ETHERNET_BYTES + 6, &kind, 1) || kind != PROTOCOL_TCP ||
+		    bpf_skb_load_bytes(skb, ETHERNET_BYTES + 8, words, 32))
+			return 0;
+		transport = ETHERNET_BYTES + 40;
+		key->remote = address_of6(words[0], words[1], words[2], words[3]);
+		key->local = address_of6(words[4], words[5], words[6], words[7]);
+		__builtin_memcpy(tuple->ipv6.saddr, &words[0], 16);
+		__builtin_memcpy(tuple->ipv6.daddr, &words[4], 16);
+		length = sizeof(tuple->ipv6);
+	} else {
+		return 0;
+	}
+	if (bpf_skb_load_bytes(skb, transport, &remote_port, 2) || bpf_skb_load_bytes(skb, transport + 2, &local_port, 2))
+		return 0;
+	key->remote_port = swap16(remote_port);
+	key->local_port = swap16(local_port);
+	if (protocol == ETHERTYPE_IP4) {
+		tuple->ipv4.sport = remote_port;
+		tuple->ipv4.dport = local_port;
+	} else {
+		tuple->ipv6.sport = remote_port;
+		tuple->ipv6.dport = local_port;
+	}
+	return length;
+}
+
+static __always_inline struct tuple_key sockopt_tuple(struct bpf_sockopt *ctx)
+{
+	struct tuple_key key = {};
+	struct bpf_sock *sk = ctx->sk;
+
+	if (!sk)
+		return key;
+	if (sk->family == FAMILY_INET6) {
+		key.local = address_of6(WORD(sk->src_ip6[0]), WORD(sk->src_ip6[1]), WORD(sk->src_ip6[2]), WORD(sk->src_ip6[3]));
+		key.remote = address_of6(WORD(sk->dst_ip6[0]), WORD(sk->dst_ip6[1]), WORD(sk->dst_ip6[2]), WORD(sk->dst_ip6[3]));
+	} else {
+		key.local = address_of4(sk->src_ip4);
+		key.remote = address_of4(sk->dst_ip4);
+	}
+	key.local_port = sk->src_port;
+	key.remote_port = swap16((__u16)sk->dst_port);
+	return key;
+}
+
+#endif

@@ -1,0 +1,92 @@
+/* sk_msg.c - on `sockets`: each message of a socket in it goes natively, or straight into the receiver's socket.
+ *
+ * Runs under the sender's socket lock. Native is always right; redirecting is right only if it keeps order and
+ * bounds. ARCHITECTURE.md gives the argument; decide_redirect() is the decision. Never refuses a message.
+ */
+
+static __always_inline int go_native(struct flow_end *mine, __u64 now)
+{
+	if (mine->state == FLOW_REDIRECT) {
+		mine->state = FLOW_NATIVE;
+		mine->switches += 1;
+	}
+	mine->last_native_ns = now;
+	return SK_PASS;
+}
+
+int sk_msg(struct sk_msg_md *ctx)
+{
+	struct tuple_key own = msg_tuple(ctx);
+	struct tuple_key theirs = other_end(&own);
+	struct redirection seen = {};
+	struct settings_value *now = current_settings();
+	struct flow_value *flow;
+	struct flow_end *mine, *peer;
+	__u64 sender = msg_sock(ctx);
+	int file, serving;
+
+	/* The server has the smaller port nearly always. */
+	serving = own.local_port < own.remote_port;
+	flow = serving ? flows.lookup(&own) : flows.lookup(&theirs);
+	if (!flow) {
+		serving = !serving;
+		flow = serving ? flows.lookup(&own) : flows.lookup(&theirs);
+	}
+	if (!flow || !now || !sender)
+		return SK_PASS;
+	mine = serving ? &flow->server : &flow->client;
+	peer = serving ? &flow->client : &flow->server;
+	seen.now_ns = bpf_ktime_get_ns();
+	if (!(now->acceleration & CAN_REDIRECT) || (now->acceleration & DRAINING) || (flow->flags & FLOW_REVOKED) ||
+	    mine->state == FLOW_BLOCKING || peer->state == FLOW_BLOCKING ||
+	    !(mine->sighting & END_INSERTED) || !(peer->sighting & END_INSERTED) || mine->sock != sender ||
+	    sock_zerocopy(sender) || !sock_is(peer->sock, peer->cookie))
+		return go_native(mine, seen.now_ns);
+
+	seen.size = msg_size(ctx);
+	seen.state = mine->state;
+	seen.last_native_ns = mine->last_native_ns;
+	file = sock_file(peer->sock);
+	if (file == FILE_BLOCKS) {
+		go_native(mine, seen.now_ns);
+		mine->state = FLOW_BLOCKING;
+		count(REASON_REDIRECT_BLOCKING);
+		return SK_PASS;
+	}
+	seen.receiver_ready = file == FILE_NONBLOCKING;
+	seen.rmem = read32(peer->sock, OFF_SOCK_RMEM);
+	seen.forward = read32(peer->sock, OFF_SOCK_FORWARD);
+	seen.high = redirect_high(now->high_bytes, read32(peer->sock, OFF_SOCK_RCVBUF));
+	if (!seen.rmem)
+		mine->queued_messages = 0;
+	seen.queued_messages = mine->queued_messages;
+	if (seen.state == FLOW_NATIVE) {
+		/* In this order: all was acknowledged, so no byte is on its way; all that arrived was read, later than
+		 * the socket was inserted; and the call that read the last of it has let go of the socket. */
+		__u32 consumed = read32(peer->sock, OFF_TCP_COPIED_SEQ);
+
+		seen.native_gone = read32(sender, OFF_TCP_SND_UNA) == read32(sender, OFF_TCP_WRITE_SEQ) &&
+				   consumed == read32(peer->sock, OFF_TCP_RCV_NXT) && consumed != peer->seen_seq &&
+				   !read32(peer->sock, OFF_SOCK_OWNED);
+	}
+	if (seen.forward < (__s32)seen.size)
+		seen.pressed = sock_pressed(peer->sock, seen.size);
+	if (!decide_redirect(&seen)) {
+		if (seen.state == FLOW_REDIRECT && redirect_full(&seen))
+			count(REASON_REDIRECT_HIGH);
+		if (seen.pressed)
+			count(REASON_REDIRECT_PRESSED);
+		return go_native(mine, seen.now_ns);
+	}
+	if (!sock_is(peer->sock, peer->cookie) ||
+	    sockets.msg_redirect_hash(ctx, &theirs, BPF_F_INGRESS) != SK_PASS)
+		return go_native(mine, seen.now_ns);
+	if (seen.state == FLOW_NATIVE) {
+		mine->state = FLOW_REDIRECT;
+		mine->switches += 1;
+	}
+	mine->queued_messages += 1;
+	mine->redirect_messages += 1;
+	mine->redirect_bytes += seen.size;
+	return SK_PASS;
+}
