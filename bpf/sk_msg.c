@@ -69,6 +69,7 @@ int sk_msg(struct sk_msg_md *ctx)
 				   consumed == read32(peer->sock, OFF_TCP_RCV_NXT) && consumed != peer->seen_seq &&
 				   !read32(peer->sock, OFF_SOCK_OWNED);
 	}
+	seen.edge = sock_edge(peer->sock);
 	if (seen.forward < (__s32)seen.size)
 		seen.pressed = sock_pressed(peer->sock, seen.size);
 	if (!decide_redirect(&seen)) {
@@ -76,6 +77,8 @@ int sk_msg(struct sk_msg_md *ctx)
 			count(REASON_REDIRECT_HIGH);
 		if (seen.pressed)
 			count(REASON_REDIRECT_PRESSED);
+		if (seen.edge)
+			count(REASON_REDIRECT_EDGE);
 		return go_native(mine, seen.now_ns);
 	}
 	if (!sock_is(peer->sock, peer->cookie) ||

@@ -40,6 +40,12 @@ _NAMED: Final = {
     "OFF_TCP_COPIED_SEQ": ("tcp_sock", "copied_seq", 4),
     "OFF_TCP_RCV_NXT": ("tcp_sock", "rcv_nxt", 4),
     "OFF_PROTO_PRESSURE": ("proto", "memory_pressure", 8),
+    "OFF_SOCK_WQ": ("sock", "sk_wq", 8),
+    "OFF_WQ_HEAD": ("socket_wq", "wait.head.next", 8),
+    "OFF_WQ_ASYNC": ("socket_wq", "fasync_list", 8),
+    "OFF_EPOLL_ENTRY": ("eppoll_entry", "wait.entry.next", 8),
+    "OFF_EPOLL_BASE": ("eppoll_entry", "base", 8),
+    "OFF_EPITEM_EVENTS": ("epitem", "event.events", 4),
 }
 """Macro of bpf/include/redirect.h -> structure, field, bytes read. All are needed."""
 _MEMCG: Final = {
@@ -91,7 +97,8 @@ class Btf:
     def _index(self) -> None:
         """Where each type begins, and the named structs and enums."""
         raw, position, unpack = self._raw, self._types_at, struct.Struct("=III").unpack_from
-        wanted = {text.encode() for text in ("sock", "socket", "file", "tcp_sock", "proto", "mem_cgroup", "sock_flags")}
+        wanted = {"sock_flags".encode()}
+        wanted |= {where[0].encode() for where in (_NAMED | _MEMCG | _MEMCG_V1).values()}
         while position < self._types_end:
             if position + 12 > self._types_end:
                 raise PlatformFault(f"BTF type {len(self._at)} is cut short")

@@ -222,7 +222,8 @@ struct redirection {
 	__u8 native_gone;       /* no native byte of this direction is unread anywhere */
 	__u8 receiver_ready;    /* its descriptor exists and is O_NONBLOCK */
 	__u8 pressed;           /* memory might be refused */
-	__u8 pad[5];
+	__u8 edge;              /* somebody waits for the receiver edge-triggered */
+	__u8 pad[4];
 };
 
 /* What a receiver may hold before it is sent native bytes, which TCP holds back. */
@@ -242,6 +243,10 @@ static __always_inline int redirect_full(const struct redirection *seen)
 static __always_inline int decide_redirect(const struct redirection *seen)
 {
 	if (!seen->receiver_ready || seen->pressed || redirect_full(seen))
+		return 0;
+	/* Whoever waits for edges must never find native bytes behind redirected ones. If it turned to edges only now,
+	 * what was redirected is read first. */
+	if (seen->edge && !(seen->state == FLOW_REDIRECT && seen->rmem))
 		return 0;
 	/* A native message at times shows the path's own filters that the connection lives, and obeys them. Rather
 	 * when nothing is unread, so that the reader finds it in the same turn. */

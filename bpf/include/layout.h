@@ -83,7 +83,8 @@ enum reason {
 	REASON_REDIRECT_PRESSED = 35,   /* memory may be short: the message went native, instead of ENOMEM for its sender */
 	REASON_REDIRECT_ZEROCOPY = 36,  /* sender uses SO_ZEROCOPY: not put into the sockhash */
 	REASON_REDIRECT_OPTION = 37,    /* TCP_ULP or SO_ZEROCOPY on a socket of the sockhash refused */
-	REASON_MAX = 38,
+	REASON_REDIRECT_EDGE = 38,      /* somebody waits for the receiver edge-triggered: the message went native */
+	REASON_MAX = 39,
 };
 
 /* What a listener in a pod's namespace is for. */

@@ -68,6 +68,32 @@ static __always_inline int sock_zerocopy(__u64 sock)
 	return (read64(sock, OFF_SOCK_FLAGS) >> SOCK_FLAG_ZEROCOPY) & 1;
 }
 
+#define EDGE 0x80000000u /* EPOLLET */
+#define WAITERS_MAX 4
+
+/* Whether somebody waits for the socket edge-triggered. Such a waiter may take a short read for an empty socket; with
+ * native bytes behind redirected ones that is wrong, and no event follows. A waiter of another kind (poll, select) is no
+ * eppoll_entry: what is then read means nothing, and at worst the flow stays native. */
+static __always_inline int sock_edge(__u64 sock)
+{
+	__u64 queue = read64(sock, OFF_SOCK_WQ), head, node, item;
+
+	if (!queue || read64(queue, OFF_WQ_ASYNC))
+		return 1;
+	head = queue + OFF_WQ_HEAD;
+	node = read64(head, 0);
+#pragma unroll
+	for (int index = 0; index < WAITERS_MAX; index++) {
+		if (!node || node == head)
+			return 0;
+		item = read64(node - OFF_EPOLL_ENTRY, OFF_EPOLL_BASE);
+		if (read32(item, OFF_EPITEM_EVENTS) & EDGE)
+			return 1;
+		node = read64(node, 0);
+	}
+	return node != head;
+}
+
 /* Whether memory for a socket may be refused: the protocol's limits, or those of its cgroup. */
 static __always_inline int sock_pressed(__u64 sock, __u32 size)
 {
