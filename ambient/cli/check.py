@@ -24,7 +24,7 @@ from ambient.cli.output import emit, output_option
 from ambient.cli.target import LABS, NODE_CONFIG
 from ambient.datapath.layout import LAYOUT
 from ambient.errors import AmbientError, LayoutMismatch
-from ambient.io import bpf_links, bpffs, cgroup, kernel_headers
+from ambient.io import bpf_links, bpf_selftest_redirect, bpffs, btf, cgroup, kernel_headers
 from ambient.io.bpf_maps import Maps
 from ambient.settings import NodeSettings, read_settings
 
@@ -115,7 +115,7 @@ def foreign_programs() -> Result:
     """Programs that stand above ours without BPF_F_ALLOW_MULTI make every attach below fail with EPERM."""
     try:
         top = cgroup.mount_point()
-        kinds = {hook.attach_type for hook in bpf_links.HOOKS if hook.where != bpf_links.POD}
+        kinds = {hook.attach_type for hook in bpf_links.HOOKS if hook.where in (bpf_links.NODE, bpf_links.PODS)}
         found = [line for kind in sorted(kinds) for line in bpf_links.foreign_programs(top, kind)]
     except (AmbientError, OSError) as error:
         return Result("warning", str(error), "run as root to see programs attached to cgroups")
@@ -127,6 +127,19 @@ def foreign_programs() -> Result:
             "attach it with BPF_F_ALLOW_MULTI or a bpf_link, or detach it (bpftool cgroup detach)",
         )
     return _ok("no foreign program blocks attaching to cgroups")
+
+
+def acceleration() -> Result:
+    """What ambient.mesh/acceleration can mean on this kernel."""
+    try:
+        _, unavailable = btf.redirect_macros()
+        found = bpf_selftest_redirect.run(unavailable)
+    except (AmbientError, OSError) as error:
+        return Result("warning", str(error), "run as root to try redirection")
+    said = "; ".join(found.said) or "acceleration: redirect works here, and auto means it"
+    if found.bits & LAYOUT["CAN_REDIRECT"]:
+        return _ok(said)
+    return Result("warning", said, "same-node connections are direct, without redirection; nothing else changes")
 
 
 def open_files() -> Result:
@@ -185,6 +198,7 @@ CHECKS: dict[str, tuple[tuple[str, Check], ...]] = {
         ("bcc is installed", bcc_package),
         ("kernel headers are found", headers),
         ("no foreign cgroup program is in the way", foreign_programs),
+        ("same-node redirection", acceleration),
     ),
     "limits": (("enough open files", open_files),),
     "mesh": (("capture is on", nothing_bypassed),),

@@ -27,7 +27,10 @@ from ambient.errors import AmbientError, OurFault, PlatformFault
 from ambient.io import bpf_links, bpf_selftest, bpf_selftest_redirect, bpf_sys, bpffs, btf, cgroup, kernel_headers
 from ambient.io.bpf_maps import SPEC, Maps, check_map
 
-SOURCES: Final = ("common", "connect", "getpeername", "dns", "sockops", "probe", "sk_lookup", "sk_msg", "enrol", "setsockopt")
+SOURCES: Final = (
+    *("common", "connect", "getpeername", "dns", "sockops", "probe", "sk_lookup"),
+    *("sk_msg", "enrol", "setsockopt"),
+)
 """Files of bpf/ in the order they make one text: bcc rewrites map methods only in its main text, and one
 text shares its maps."""
 

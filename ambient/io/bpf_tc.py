@@ -113,6 +113,11 @@ def _filter(command: str, index: int, prog: int = -1) -> None:
             raise PlatformFault(f"clsact filter on interface {index}: {error}: is the module cls_bpf there?") from None
 
 
+def _remove_filters() -> None:
+    for index in _interfaces():
+        _filter("del", index)
+
+
 def detach(bpffs_dir: str | Path, netns_fd: int | None, pod_uid: str) -> bool:
     """Look no more. False if there was no link. ``netns_fd`` None: the namespace is gone, and filters with it."""
     pins = list(bpf_links.pod_dir(bpffs_dir, pod_uid).glob("enrol-*"))
@@ -125,7 +130,7 @@ def detach(bpffs_dir: str | Path, netns_fd: int | None, pod_uid: str) -> bool:
             os.close(link)
             pin.unlink(missing_ok=True)
     if netns_fd is not None and not pins:
-        netns.run_in_netns(netns_fd, lambda: [_filter("del", index) for index in _interfaces()])
+        netns.run_in_netns(netns_fd, _remove_filters)
     with contextlib.suppress(PlatformFault):
         bpffs._rmdir(bpf_links.pod_dir(bpffs_dir, pod_uid))
     return bool(pins)

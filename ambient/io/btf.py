@@ -17,7 +17,9 @@ from ambient.errors import PlatformFault
 VMLINUX: Final = Path("/sys/kernel/btf/vmlinux")
 _HEADER: Final = struct.Struct("=HBBIIIII")
 _MAGIC: Final = 0xEB9F
-_INT, _ARRAY, _STRUCT, _UNION, _ENUM, _FUNC_PROTO, _VAR, _DATASEC, _DECL_TAG, _ENUM64 = 1, 3, 4, 5, 6, 13, 14, 15, 17, 19
+_INT, _POINTER, _ARRAY, _STRUCT, _UNION, _ENUM = 1, 2, 3, 4, 5, 6
+_TYPEDEF, _VOLATILE, _CONST, _RESTRICT, _FUNC_PROTO, _VAR, _DATASEC = 8, 9, 10, 11, 13, 14, 15
+_FLOAT, _DECL_TAG, _TYPE_TAG, _ENUM64 = 16, 17, 18, 19
 _EXTRA: Final = {_INT: 4, _ARRAY: 12, _VAR: 4, _DECL_TAG: 4}
 """Bytes behind a type's own 12, by kind; none for the kinds not named."""
 _EACH: Final = {_STRUCT: 12, _UNION: 12, _ENUM: 8, _FUNC_PROTO: 8, _DATASEC: 12, _ENUM64: 12}
@@ -59,7 +61,6 @@ _MEMCG_V1: Final = {
     "OFF_MEMCG_TCP_USAGE": ("mem_cgroup", "tcpmem.usage", 8),
     "OFF_MEMCG_TCP_MAX": ("mem_cgroup", "tcpmem.max", 8),
 }
-_POINTER, _TYPEDEF, _VOLATILE, _CONST, _RESTRICT, _FLOAT, _TYPE_TAG = 2, 8, 9, 10, 11, 16, 18
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,7 +98,7 @@ class Btf:
     def _index(self) -> None:
         """Where each type begins, and the named structs and enums."""
         raw, position, unpack = self._raw, self._types_at, struct.Struct("=III").unpack_from
-        wanted = {"sock_flags".encode()}
+        wanted = {b"sock_flags"}
         wanted |= {where[0].encode() for where in (_NAMED | _MEMCG | _MEMCG_V1).values()}
         while position < self._types_end:
             if position + 12 > self._types_end:
@@ -186,7 +187,7 @@ class Btf:
 
 def redirect_macros(raw: bytes | None = None) -> tuple[dict[str, int], str]:
     """(macros for bpf/include/redirect.h, why redirection must stay off or the empty string)."""
-    zeroes = {name: 0 for name in _NAMED} | {"SOCK_FLAG_ZEROCOPY": 0, "REDIRECT_OFFSETS": 0}
+    zeroes = dict.fromkeys(_NAMED, 0) | {"SOCK_FLAG_ZEROCOPY": 0, "REDIRECT_OFFSETS": 0}
     try:
         btf = Btf(VMLINUX.read_bytes() if raw is None else raw)
         macros = {name: btf.offset(*where) for name, where in _NAMED.items()}

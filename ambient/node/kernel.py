@@ -88,7 +88,8 @@ def cgroups_of(settings: NodeSettings) -> tuple[Path, Path]:
     return node, pods
 
 
-def _settings_value(settings: NodeSettings, mode: int, generation: int) -> SettingsValue:
+def _settings_value(settings: NodeSettings, before: SettingsValue) -> SettingsValue:
+    """What this process tells the programs; an operator's bypass and the loader's findings stay."""
     own = cgroup.of_pid(os.getpid())
     _, pods = cgroups_of(settings)
     exempt: set[int] = set()
@@ -101,13 +102,15 @@ def _settings_value(settings: NodeSettings, mode: int, generation: int) -> Setti
         if pods.resolve().is_relative_to(Path(path).resolve()):
             raise PlatformFault(f"kubelet_cgroups: {path} holds the pods too ({pods}): their connections are no probes")
     return SettingsValue(
-        generation=generation,
+        generation=before.generation + 1,
         heartbeat_ns=time.monotonic_ns(),
         exempt_cgroups=tuple(sorted(exempt)),
         kubelet_cgroups=tuple(cgroup.cgroup_id(path) for path in settings.kubelet_cgroups),
         cluster_ranges=tuple(network_range(text) for text in settings.cluster_ranges),
-        mode=mode,
+        mode=before.mode,
         heartbeat_timeout_s=settings.heartbeat_timeout_s,
+        acceleration=before.acceleration & ~LAYOUT["DRAINING"],
+        high_bytes=before.high_bytes,
     )
 
 
@@ -141,9 +144,7 @@ class Kernel:
         self._failed: set[str] = set()
         before = maps.settings
         # An operator's bypass stays; everything unknown is captured until this process has the World.
-        self._settings = _settings_value(
-            settings, before.mode if before else 0, (before.generation if before else 0) + 1
-        )
+        self._settings = _settings_value(settings, before or SettingsValue())
         maps.settings = self._settings
 
     def close(self) -> None:

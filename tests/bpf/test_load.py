@@ -43,10 +43,10 @@ def test_loading_twice_is_once(loaded_node):
 
 def test_every_hook_is_attached_where_it_belongs(loaded_node):
     found = {entry.hook: entry for entry in bpf_links.attachments(loaded_node.bpffs_dir)}
-    assert set(found) == {hook.name for hook in bpf_links.HOOKS} - {"sk_lookup"}
+    assert set(found) == {hook.name for hook in bpf_links.HOOKS} - {"sk_lookup", "enrol", "sk_msg"}
     pods, node = cgroup.cgroup_id(loaded_node.cgroup / "kubepods"), cgroup.cgroup_id(loaded_node.cgroup)
     for hook in bpf_links.HOOKS:
-        if hook.where != bpf_links.POD:
+        if hook.where in (bpf_links.NODE, bpf_links.PODS):
             assert found[hook.name].target == (pods if hook.where == bpf_links.PODS else node)
 
 
