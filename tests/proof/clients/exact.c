@@ -1,7 +1,8 @@
 /* exact.c - many connections at once, every byte of which is checked on both sides.
  *
  *   exact serve PORT                          the far end; when standard input ends it waits for its connections and prints totals
- *   exact drive ADDRESS PORT COUNT BYTES SEED COUNT connections, at most BYTES each way, all open before any is used
+ *   exact drive ADDRESS PORT COUNT BYTES SEED COUNT connections, all open before any is used; most carry at
+ *                                             most BYTES each way, one in a hundred over six times as many
  *
  * The client says in 32 bytes what a connection is to be: its key, both lengths, and how it ends. The server answers
  * one byte, and the client waits until all have theirs. What is sent then is a stream of random numbers from the key,
@@ -18,7 +19,7 @@
 #define CONNECTIONS_MAX 4096
 #define CHUNK_MAX 65536
 #define LIFETIME_S 60
-#define RESTS_MAX 16
+#define RESTS_MAX 48
 #define ENDING_US 10000000
 #define MAGIC 0x6578616374000001ULL
 
@@ -191,7 +192,7 @@ static int sender(struct connection *c, uint64_t now)
 			return 0;
 		}
 		c->sent += count;
-		if (chance(c, 4) == 0)
+		if (c->to_send < 2000000 && chance(c, 4) == 0)
 			c->pause_until = now + 1000 * chance(c, 60);
 		return 1;
 	}
@@ -251,7 +252,7 @@ static int receiver(struct connection *c, uint64_t now)
 		return 0;
 	}
 	c->got += count;
-	if (c->rests < RESTS_MAX && chance(c, 4) == 0 && ++c->rests)
+	if (c->rests < RESTS_MAX && chance(c, 16) == 0 && ++c->rests)
 		c->rest_until = now + 1000 * chance(c, 60);
 	if (c->resets && c->sent_end && c->got == c->to_get) {
 		succeed(c, 1);
@@ -330,6 +331,10 @@ static void begin(const struct sockaddr_storage *target, socklen_t length, uint6
 	/* sizes of every magnitude, also none at all */
 	c->order.up = chance(c, 20) ? chance(c, 1 + (most >> chance(c, 16))) : 0;
 	c->order.down = chance(c, 20) ? chance(c, 1 + (most >> chance(c, 16))) : 0;
+	if (number % 100 == 50) { /* more than any buffer on the way takes */
+		c->order.up += 6 * most;
+		c->order.down += 6 * most;
+	}
 	c->order.end = number % 10 < 7 ? number % 3 : 3 + (number % 10 - 7);
 	ordered(c);
 }
