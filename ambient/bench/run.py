@@ -49,6 +49,9 @@ class Run:
     def run(self) -> Row:
         """The result, as `ambient bench -o json` prints it. The labs are gone when this returns or raises."""
         began = time.time()
+        if (busy := os.getloadavg()[0]) > 0.3 * (os.cpu_count() or 1):
+            self.notes.append(f"the machine was busy before: load average {busy:.2f}; spreads tell how much to believe")
+            self.say(self.notes[-1])
         with tempfile.TemporaryDirectory(prefix="ambient-bench-") as directory:
             os.chmod(directory, 0o755)  # nginx's workers are another user
             try:
