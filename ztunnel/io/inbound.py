@@ -18,7 +18,7 @@ from ztunnel.core.headers import Header
 from ztunnel.core.streams import DISCARD, Stream
 from ztunnel.io import sockets
 from ztunnel.io.ledger import Account
-from ztunnel.io.relay import PlainRelay, StreamRelay
+from ztunnel.io.relay import Half, PlainRelay, StreamRelay
 from ztunnel.io.sockets import Connecting, Socket, address_text
 from ztunnel.io.tls import Credential
 from ztunnel.io.tunnel import ServerTunnel
@@ -34,7 +34,7 @@ PORTS_TRIED_MAX = 16
 class Delivery:
     """One connection into a pod. ``done(error)`` is called once; then ``sock`` is connected or closed."""
 
-    __slots__ = ("_connecting", "_done", "_ip", "_local_port", "_pod", "_port", "_worker", "sock")
+    __slots__ = ("_connecting", "_cookie", "_done", "_ip", "_local_port", "_pod", "_port", "_worker", "sock")
 
     def __init__(self, worker: Worker, pod: PodState, ip: str, port: int, done: _Done) -> None:
         self._worker = worker
@@ -42,6 +42,7 @@ class Delivery:
         self._ip = ip
         self._port = port
         self._local_port = 0
+        self._cookie = 0
         self._done = done
         self._connecting: Connecting | None = None
         self.sock: Socket | None = None
@@ -100,9 +101,17 @@ class Delivery:
         self._withdraw()
         self._fail(f"connect to {address_text(self._ip, self._port)}: {errno.errorcode.get(error, error)}")
 
+    def ends_first(self) -> None:
+        """Our FIN goes out before the application's: the connection will linger at our end."""
+        if self.sock is not None:
+            self._cookie = sockets.cookie(self.sock)
+
     def ended(self) -> None:
         """The connection is over."""
         self._worker.delivering.discard((self._ip, self._local_port))
+        if self._cookie:
+            self._pod.lingers(self._ip, self._local_port, self._port, self._cookie)
+            self._cookie = 0
 
     def _fail(self, error: str) -> None:
         self.ended()
@@ -234,6 +243,11 @@ class InboundRelay(StreamRelay):
         self._delivery = Delivery(self.worker, self.pod, self._request.ip, self._request.port, self._delivered)
         self._delivery.begin(*self._client)
 
+    def _shut_socket(self) -> None:
+        if self._delivery is not None and not self._sock_eof:
+            self._delivery.ends_first()
+        super()._shut_socket()
+
     def _delivered(self, error: str) -> None:
         delivery = self._delivery
         if error or delivery is None or delivery.sock is None:
@@ -310,6 +324,11 @@ class PlaintextRelay(PlainRelay):
         self.worker.link.decisions.hold(self._key, captured.client_ip, self)
         self._delivery = Delivery(self.worker, self.pod, captured.ip, captured.port, self._delivered)
         self._delivery.begin(captured.client_ip, captured.client_port)
+
+    def _shut(self, half: Half, target: Socket) -> None:
+        if self._delivery is not None and target is self.far and not self._backward.eof:
+            self._delivery.ends_first()
+        super()._shut(half, target)
 
     def _delivered(self, error: str) -> None:
         delivery = self._delivery

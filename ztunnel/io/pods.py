@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Final
 
 import msgspec
 
+from ambient.errors import AmbientError
 from ambient.model.address import parse_ip
 from ambient.model.identity import Identity
 from ambient.node.messages import NETNS, Pod
@@ -17,6 +18,7 @@ from ztunnel.core.drain import Drain, Phase
 from ztunnel.io import inbound, outbound, sockets
 from ztunnel.io.relay import Relay
 from ztunnel.io.sockets import Socket
+from ztunnel.io.time_wait import Lingering
 from ztunnel.io.tunnel import ClientTunnel, ServerTunnel
 
 if TYPE_CHECKING:
@@ -140,6 +142,7 @@ class PodState:
         self.drain = Drain()
         self.gone = False
         self.listeners: list[Listener] = []
+        self._lingering: Lingering | None = None
         self._listen(fds)
 
     def _listen(self, fds: dict[str, int]) -> None:
@@ -158,9 +161,7 @@ class PodState:
         for listener in self.listeners:
             listener.close()
         self.listeners.clear()
-        self.worker.namespaces.leave(self.netns)
-        if self.netns >= 0:
-            os.close(self.netns)
+        self._leave_namespace()
         self.netns = fds.pop(NETNS, -1)
         self.drain = Drain()
         self._listen(fds)
@@ -204,6 +205,33 @@ class PodState:
             relay.abort(error)
         for tunnel in [*self.server_tunnels, *self.client_tunnels]:
             tunnel.shut(error)
+        self._leave_namespace()
+
+    def lingers(self, ip: str, local_port: int, port: int, cookie: int) -> None:
+        """A delivery of this socket is over and was ended by us first."""
+        if self.gone:
+            return
+        lingering = self._lingering
+        if lingering is None:
+            try:
+                self.worker.namespaces.enter(self.netns)
+                lingering = self._lingering = Lingering()
+            except (OSError, AmbientError):
+                return  # its port comes back by itself, in a minute
+        able = not lingering.unable
+        lingering.ended(ip, local_port, port, cookie, self.worker.now())
+        if able and lingering.unable:
+            self.worker.count("ports_not_given_back")
+            self.worker.log(
+                "warn",
+                f"{self.pod.name}: ports of ended connections stay taken for a minute ({lingering.unable}):"
+                " CAP_NET_ADMIN and a kernel with INET_DIAG_DESTROY are needed for more than 470 a second",
+            )
+
+    def _leave_namespace(self) -> None:
+        if self._lingering is not None:
+            self._lingering.close()
+            self._lingering = None
         self.worker.namespaces.leave(self.netns)
         if self.netns >= 0:
             os.close(self.netns)
