@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
@@ -15,6 +16,7 @@ from ztunnel.core.drain import Drain, Phase
 from ztunnel.core.floods import Shares
 from ztunnel.core.messages import AskRoute, AskVerdict, Hop, Route, Verdict
 from ztunnel.core.pool import IDLE_S, STREAMS_MAX, Pool, PoolKey
+from ztunnel.io.link import Link
 from ztunnel.io.tunnel import HANDSHAKES_OF_PEER, Places
 
 KEY = PoolKey("spiffe://a", ("spiffe://b",), "10.0.0.2", 15008, "uid-a")
@@ -90,6 +92,7 @@ def test_no_slot_that_is_open_ever_has_more_than_its_limit(steps: list[str], see
 class Holder:
     def __init__(self) -> None:
         self.lost: list[Verdict] = []
+        self.done = False
 
     def lost_right(self, verdict: Verdict) -> None:
         self.lost.append(verdict)
@@ -311,3 +314,26 @@ def test_the_place_of_a_tunnel_is_given_back_once():
         place.give_back()
         place.give_back()
     assert not places.tunnels._held and not places.of_pods._held and not places.of_peers._held
+
+
+class NoWorker:
+    """What a link needs of a worker, without a stream to a control process."""
+
+    def __getattr__(self, name: str) -> Any:
+        return lambda *arguments: 0.0
+
+
+@pytest.mark.parametrize("over", [False, True])
+def test_a_connection_that_ended_while_it_was_asked_for_again_is_not_held(over: bool):
+    link, holders = Link(NoWorker()), (Holder(), Holder())
+    sources = ("10.1.1.1", "10.1.1.2")
+    link.verdict(VERDICT_KEY, sources[0], lambda decision: None)
+    link._put_verdict(verdict(True))
+    for holder, source_ip in zip(holders, sources, strict=True):
+        assert link.decisions.hold(VERDICT_KEY, source_ip, holder)
+    link._put_verdict(verdict(True, 2, sources[0]))  # it depends on the address now: the second is asked for
+    holders[1].done = over
+    link._put_verdict(verdict(True, 2, sources[1]))
+    decision = link.decisions.verdict(VERDICT_KEY, sources[1])
+    assert decision is not None and bool(decision.holders) is not over
+    assert not holders[0].lost and not holders[1].lost

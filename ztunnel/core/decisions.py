@@ -29,6 +29,9 @@ A = TypeVar("A")
 class Holder(Protocol):
     """A connection that relies on a verdict."""
 
+    done: bool
+    """It is over."""
+
     def lost_right(self, verdict: Verdict) -> None:
         """The verdict says no now: close."""
 

@@ -239,7 +239,9 @@ class InboundRelay(StreamRelay):
             self.worker.count(f"denied_{verdict.reason or 'policy'}")
             self._answer(hbone.DENIED, "denied", verdict.reason or "policy", policy=verdict.policy, flags="DENY")
             return
-        self.worker.link.decisions.hold(self._key, self._source_ip, self)
+        if not self.worker.link.decisions.hold(self._key, self._source_ip, self):
+            self._answer(hbone.UNAVAILABLE, "failed", "not_synced: the decision could not be kept")
+            return
         self._delivery = Delivery(self.worker, self.pod, self._request.ip, self._request.port, self._delivered)
         self._delivery.begin(*self._client)
 
@@ -321,7 +323,9 @@ class PlaintextRelay(PlainRelay):
             self.abort(verdict.reason or "policy", flags="DENY", policy=verdict.policy, event="denied")
             return
         captured = self._captured
-        self.worker.link.decisions.hold(self._key, captured.client_ip, self)
+        if not self.worker.link.decisions.hold(self._key, captured.client_ip, self):
+            self.abort("not_synced: the decision could not be kept", event="failed")
+            return
         self._delivery = Delivery(self.worker, self.pod, captured.ip, captured.port, self._delivered)
         self._delivery.begin(captured.client_ip, captured.client_port)
 

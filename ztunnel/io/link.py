@@ -274,6 +274,8 @@ class Link:
         """A connection whose verdict now depends on its address: it stays only if that one allows it."""
 
         def answered(decision: Decision | None) -> None:
+            if holder.done:
+                return  # it would be held, and its verdict with it, for ever
             if not self.decisions.hold(key, source_ip, holder):
                 destination, destination_ip, port, identity = key
                 holder.lost_right(
