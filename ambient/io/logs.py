@@ -7,12 +7,20 @@ import logging
 import sys
 import time
 
+_CONTROLS = {number: f"\\x{number:02x}" for number in (*range(9), *range(11, 32), *range(127, 160))}
+_CONTROLS |= {10: "\\n", 13: "\\r"}
+
+
+def one_line(text: str) -> str:
+    """With control characters escaped: names and messages of others can neither forge a line nor drive a terminal."""
+    return text.translate(_CONTROLS)
+
 
 class _Text(logging.Formatter):
     """Tab separated time, level, scope, message: the form of ztunnel's log."""
 
     def format(self, record: logging.LogRecord) -> str:
-        line = f"{_time(record)}\t{record.levelname.lower()}\t{record.name}\t{record.getMessage()}"
+        line = f"{_time(record)}\t{record.levelname.lower()}\t{record.name}\t{one_line(record.getMessage())}"
         return f"{line}\n{self.formatException(record.exc_info)}" if record.exc_info else line
 
 

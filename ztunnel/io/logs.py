@@ -12,6 +12,8 @@ import time
 from collections.abc import Iterable
 from typing import Final
 
+from ambient.io.logs import one_line
+
 LEVELS: Final = {
     "trace": logging.DEBUG,
     "debug": logging.DEBUG,
@@ -51,8 +53,7 @@ class Line(logging.Formatter):
             return json.dumps(
                 {"level": level, "time": timestamp(record.created), "scope": record.name, "message": message}
             )
-        message = message.replace("\n", "\\n")
-        return f"{timestamp(record.created)}\t{level}\t{record.name}\t{message}"
+        return f"{timestamp(record.created)}\t{level}\t{record.name}\t{one_line(message)}"
 
 
 class _Stdout(logging.Handler):

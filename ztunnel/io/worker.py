@@ -18,6 +18,7 @@ from typing import Final, Protocol
 from ambient.errors import AmbientError, LayoutMismatch, PeerFault
 from ambient.io import seqpacket
 from ambient.io.bpf_maps import Maps
+from ambient.io.logs import one_line
 from ambient.node import messages as node
 from ambient.settings import NodeSettings
 from ztunnel.core.hbone import Authorities, Requests
@@ -202,7 +203,7 @@ class Worker:
         """One line on stderr, which the parent keeps."""
         if _LEVELS.index(level) <= self._level:
             stamp = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
-            sys.stderr.write(f"{stamp}\t{level}\tworker\t{text}\n")
+            sys.stderr.write(f"{stamp}\t{level}\tworker\t{one_line(text)}\n")
 
     def set_level(self, level: str) -> None:
         """An unknown level changes nothing."""
