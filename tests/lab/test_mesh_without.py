@@ -2,17 +2,40 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from ambient.lab import mesh as mesh_files
 from ambient.lab.driver import eventually
+from ambient.lab.sandbox import WISHED_ADDRESS
 from tests.lab.meshed import MeshedLab
-from tests.lab.test_mesh_addresses import pod
 
 pytestmark = [pytest.mark.lab]
+
+
+def pod(name: str, account: str, address: str = "") -> str:
+    body: dict[str, Any] = {
+        "apiVersion": "v1",
+        "kind": "Pod",
+        "metadata": {
+            "name": name,
+            "namespace": "shop",
+            "labels": {"app": name},
+            "annotations": {WISHED_ADDRESS: address} if address else {},
+        },
+        "spec": {
+            "serviceAccountName": account,
+            "nodeName": "node2",
+            "terminationGracePeriodSeconds": 1,
+            "containers": [{"name": "main", "image": "shop", "command": ["python3", "catalog.py"]}],
+        },
+    }
+    return json.dumps(body)
+
 
 OUTSIDE = """
 apiVersion: v1
