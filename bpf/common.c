@@ -51,13 +51,98 @@ static __always_inline int current_in(const __u64 *cgroups, int length)
 	return 0;
 }
 
+/* The verdict for a port, or for all ports that have none of their own. */
+static __always_inline struct verdict_value *verdict_for(__u32 identity, __u32 workload, __u16 port)
+{
+	struct verdict_key key = {};
+	struct verdict_value *found;
+
+	if (!identity)
+		return 0;
+	key.identity = identity;
+	key.workload = workload;
+	key.port = port;
+	found = verdicts.lookup(&key);
+	if (found)
+		return found;
+	key.port = 0;
+	return verdicts.lookup(&key);
+}
+
+/* Of a captured connect: may it go straight to an endpoint of this node instead? REASON_KERNEL if so, with the record
+ * filled; REASON_CAPTURED if not, and then ztunnel honours the endpoint if one was chosen. */
+static __always_inline enum reason same_node(struct pending_value *record, struct enrolled_value *pod,
+					     struct service_value *service, struct settings_value *now)
+{
+	struct address target = record->original;
+	__u16 port = record->original_port;
+	struct workload_value *workload;
+	enum reason reason = REASON_KERNEL;
+	__u32 wanted = 0;
+
+	if (service) {
+		struct endpoint_key slot = {};
+		struct endpoint_value *endpoint;
+
+		if ((service->flags & WORKLOAD_WAYPOINT) || !service->endpoints)
+			return REASON_CAPTURED;
+		slot.service = service->service;
+		slot.port = port;
+		slot.slot = bpf_get_prandom_u32() % service->endpoints;
+		endpoint = endpoints.lookup(&slot);
+		if (!endpoint) {
+			count(REASON_NO_ENDPOINT_SLOT);
+			return REASON_CAPTURED;
+		}
+		target = address_is4(&target) ? endpoint->address4 : endpoint->address6;
+		if (address_is_any(&target))
+			return REASON_CAPTURED;
+		port = endpoint->port;
+		wanted = endpoint->workload;
+		record->endpoint = target;
+		record->endpoint_port = port;
+	}
+	workload = workloads.lookup(&target);
+	if (!workload || !is_same_node(workload) || !now->complete || is_guarded_port(port))
+		return REASON_CAPTURED;
+	if (wanted && workload->workload != wanted)
+		return REASON_CAPTURED; /* the address has another owner by now */
+	record->acceleration = agreed_acceleration(pod->flags, workload->flags, now->acceleration);
+	if (record->acceleration == ACCELERATION_OFF) {
+		count(REASON_ACCELERATION_OFF);
+		return REASON_CAPTURED;
+	}
+	/* The generation first: a verdict that is written for a later one is then void. */
+	record->generation = *(volatile __u64 *)&workload->generation;
+	record->policy = 0;
+	if (!(workload->flags & WORKLOAD_ALLOW_ANY)) {
+		struct verdict_value *verdict = verdict_for(pod->identity, workload->workload, port);
+
+		reason = judge(verdict, record->generation);
+		if (verdict)
+			record->policy = verdict->policy;
+	}
+	if (reason != REASON_KERNEL) {
+		count(reason);
+		return REASON_CAPTURED;
+	}
+	record->workload = workload->workload;
+	record->identity = pod->identity;
+	record->remote = target;
+	record->remote_port = port;
+	return REASON_KERNEL;
+}
+
 /* Decide on a connect or datagram of an enrolled pod; fills the record that `pending` will hold. */
-static __always_inline enum reason outbound(struct pending_value *record, struct enrolled_value *pod, __u8 stream)
+static __always_inline enum reason outbound(struct pending_value *record, struct enrolled_value *pod, __u8 stream,
+					    const struct address *bound)
 {
 	struct outbound out = {};
 	struct service_key vip = {};
+	struct service_value *service;
 	struct workload_value *workload;
 	struct settings_value *now = current_settings();
+	enum reason reason;
 
 	out.target = record->original;
 	out.port = record->original_port;
@@ -75,7 +160,8 @@ static __always_inline enum reason outbound(struct pending_value *record, struct
 	}
 	vip.vip = out.target;
 	vip.port = out.port;
-	if (services.lookup(&vip))
+	service = services.lookup(&vip);
+	if (service)
 		out.service_known = 1;
 	if (!now) {
 		struct settings_value none = {};
@@ -84,5 +170,9 @@ static __always_inline enum reason outbound(struct pending_value *record, struct
 	}
 	out.exempt = current_in(now->exempt_cgroups, EXEMPT_CGROUPS_MAX);
 	out.in_cluster = address_in_cluster(&out.target, now);
-	return decide_outbound(&out, now);
+	reason = decide_outbound(&out, now);
+	/* A socket bound to loopback reaches ztunnel there, but no pod. */
+	if (reason == REASON_CAPTURED && stream && !address_is_loopback(bound))
+		return same_node(record, pod, service, now);
+	return reason;
 }

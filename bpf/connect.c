@@ -1,8 +1,15 @@
-/* connect.c - cgroup/connect4 and connect6 at the pods' cgroup: leave alone, capture, send DNS to the proxy, refuse.
+/* connect.c - cgroup/connect4 and connect6 at the pods' cgroup: leave alone, authorize within the node,
+ * capture, send DNS to the proxy, refuse.
  *
  * Fails closed: without room for the socket's record, without the pod's own address or beyond the pod's share the
  * connect fails with EPERM. The two programs are twins; what differs is the family of sockaddr.
  */
+
+/* Whether a record is kept and the socket sent where it says. */
+static __always_inline int turned(enum reason reason)
+{
+	return reason == REASON_CAPTURED || reason == REASON_NOT_SYNCED || reason == REASON_DNS || reason == REASON_KERNEL;
+}
 
 /* Everything before the address is bound and rewritten. Returns REASON_NONE for what is none of ours. */
 static __always_inline enum reason plan_connect(struct bpf_sock_addr *ctx, struct pending_value *record,
@@ -22,16 +29,18 @@ static __always_inline enum reason plan_connect(struct bpf_sock_addr *ctx, struc
 	source = sock_source(sockaddr_sock(ctx));
 	record->original = effective_target(&target, &source);
 	record->original_port = sockaddr_port(ctx);
-	reason = outbound(record, *pod, stream);
-	if (reason != REASON_CAPTURED && reason != REASON_NOT_SYNCED && reason != REASON_DNS)
+	reason = outbound(record, *pod, stream, &source);
+	if (!turned(reason))
 		return reason;
 	if (stream && reason != REASON_DNS && (*pod)->flows >= (*pod)->flows_max) {
 		__sync_fetch_and_add(&(*pod)->refused, 1);
 		return REASON_SHARE_EXCEEDED;
 	}
+	record->reason = reason;
+	if (reason == REASON_KERNEL)
+		return reason;
 	record->remote = loopback_for(&record->original);
 	record->remote_port = reason == REASON_DNS ? PORT_DNS : PORT_OUTBOUND;
-	record->reason = reason;
 	return reason;
 }
 
@@ -40,13 +49,9 @@ static __always_inline int refused(enum reason reason)
 	return reason == REASON_RECURSION || reason == REASON_SHARE_EXCEEDED;
 }
 
-static __always_inline int captured(enum reason reason)
-{
-	return reason == REASON_CAPTURED || reason == REASON_NOT_SYNCED || reason == REASON_DNS;
-}
-
 /* Only a stream socket nobody bound: a bound one keeps its address, and the kernel binds only once. The pod's address
- * is then what getsockname shows and what reaches ztunnel's listener on loopback. */
+ * is then what getsockname shows and what reaches ztunnel's listener on loopback. On the way to another pod the kernel
+ * chooses it anyway. */
 static __always_inline int wants_bind(struct bpf_sock_addr *ctx, const struct address *address)
 {
 	return ctx->protocol == PROTOCOL_TCP && !address_is_any(address) && !sock_source_port(sockaddr_sock(ctx));
@@ -65,11 +70,11 @@ int connect4(struct bpf_sock_addr *ctx)
 	reason = plan_connect(ctx, &record, &pod);
 	if (reason == REASON_NONE)
 		return LET;
-	if (!captured(reason) || !pod) {
+	if (!turned(reason) || !pod) {
 		count(reason);
 		return refused(reason) ? REFUSE : LET;
 	}
-	if (wants_bind(ctx, &pod->address4)) {
+	if (reason != REASON_KERNEL && wants_bind(ctx, &pod->address4)) {
 		local.sin_family = FAMILY_INET;
 		local.sin_addr.s_addr = address_word(&pod->address4, 3);
 		if (bpf_bind(ctx, (struct sockaddr *)&local, sizeof(local))) {
@@ -102,13 +107,13 @@ int connect6(struct bpf_sock_addr *ctx)
 	reason = plan_connect(ctx, &record, &pod);
 	if (reason == REASON_NONE)
 		return LET;
-	if (!captured(reason) || !pod) {
+	if (!turned(reason) || !pod) {
 		count(reason);
 		return refused(reason) ? REFUSE : LET;
 	}
 	/* ::ffff:a.b.c.d on an IPv6 socket is IPv4: bound and sent on as such, in its mapped form. */
 	own = address_is4(&record.original) ? pod->address4 : pod->address6;
-	if (wants_bind(ctx, &own)) {
+	if (reason != REASON_KERNEL && wants_bind(ctx, &own)) {
 		local.sin6_family = FAMILY_INET6;
 		__builtin_memcpy(&local.sin6_addr, &own, sizeof(own));
 		if (bpf_bind(ctx, (struct sockaddr *)&local, sizeof(local))) {

@@ -21,7 +21,7 @@ static __always_inline enum reason plan_datagram(struct bpf_sock_addr *ctx, stru
 		return REASON_NONE;
 	source = sock_source(sockaddr_sock(ctx));
 	record->original = effective_target(&target, &source);
-	reason = outbound(record, pod, 0);
+	reason = outbound(record, pod, 0, &source);
 	record->remote = loopback_for(&record->original);
 	record->remote_port = PORT_DNS;
 	record->reason = reason;

@@ -50,6 +50,8 @@ int sk_lookup(struct bpf_sk_lookup *ctx)
 			count(entry->reason);
 			return SK_PASS;
 		}
+		/* Gone, so that an entry that is still there at PASSIVE_ESTABLISHED has let its connection in. */
+		authorized.delete(&key);
 		count(REASON_STALE_AUTHORIZED);
 	}
 	now = current_settings();

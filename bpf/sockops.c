@@ -1,5 +1,6 @@
 /* sockops.c - sock_ops at the node's cgroup: gives a connection its entries when its port is known, hands the redirect
- * record to the socket ztunnel accepts, and removes every entry at the close of the socket it belongs to.
+ * record to the socket ztunnel accepts, accounts for connections within the node, and removes every entry at the close
+ * of the socket it belongs to.
  *
  * It cannot refuse anything: what it does not write, ztunnel closes or sk_lookup steers.
  */
@@ -78,6 +79,98 @@ static __always_inline void write_authorized(struct bpf_sock_ops *ctx, struct pe
 	follow_state(ctx);
 }
 
+/* Both ends of a flow are closed: tell telemetry. Whoever deletes the entry has reported it, so it is reported once;
+ * without room in the ring buffer it stays for the reader to take. */
+static __always_inline void report(struct tuple_key *key, struct flow_value *flow)
+{
+	struct flow_event *event = events.ringbuf_reserve(sizeof(struct flow_event));
+
+	if (!event) {
+		__sync_fetch_and_add(&flow->flags, FLOW_UNREPORTED);
+		count(REASON_FLOW_UNREPORTED);
+		return;
+	}
+	event->key = *key;
+	event->value = *flow;
+	event->closed_ns = bpf_ktime_get_ns();
+	if (flows.delete(key))
+		events.ringbuf_discard(event, 0);
+	else
+		events.ringbuf_submit(event, 0);
+}
+
+/* The 4-tuple is used again while the server's socket of its last use is still open: that flow is over for its client.
+ * Where the ring buffer is full it is filed aside, under a key that no connection has. */
+static __always_inline void supersede(struct tuple_key *key)
+{
+	struct flow_value *old = flows.lookup(key);
+	struct tuple_key aside = *key;
+
+	if (!old)
+		return;
+	__builtin_memset(&old->server.cookie, 0, sizeof(old->server.cookie));
+	report(key, old);
+	old = flows.lookup(key);
+	if (!old)
+		return;
+	aside.pad = (__u32)old->created_ns | 1;
+	flows.update(&aside, old);
+	flows.delete(key);
+}
+
+/* A connection within the node: first the flow, then what lets it in, so that there is none that nobody accounts for. */
+static __always_inline void write_flow(struct bpf_sock_ops *ctx, struct bpf_sock *sk, struct pending_value *kept,
+				       const struct tuple_key *own)
+{
+	struct tuple_key key = other_end(own);
+	struct enrolled_value *pod = enrolled.lookup(&kept->netns);
+	struct authorized_value value = {};
+
+	if (!pod)
+		return; /* un-enrolled since connect: steered */
+	if (pod->flows >= pod->flows_max) {
+		__sync_fetch_and_add(&pod->refused, 1);
+		count(REASON_SHARE_EXCEEDED);
+		return;
+	}
+	supersede(&key);
+	{
+		struct flow_value flow = {};
+
+		flow.client.sock = (__u64)(unsigned long)sk;
+		flow.client.cookie = bpf_get_socket_cookie(ctx);
+		flow.created_ns = bpf_ktime_get_ns();
+		flow.generation = kept->generation;
+		flow.netns_client = kept->netns;
+		flow.original = kept->original;
+		flow.original_port = kept->original_port;
+		flow.source = kept->source;
+		flow.destination = kept->workload;
+		flow.identity = kept->identity;
+		flow.policy = kept->policy;
+		flow.reason = REASON_KERNEL;
+		flow.acceleration = kept->acceleration;
+		value.created_ns = flow.created_ns;
+		if (flows.update(&key, &flow)) {
+			count(REASON_FLOWS_FULL);
+			return;
+		}
+	}
+	value.generation = kept->generation;
+	value.workload = kept->workload;
+	value.reason = REASON_KERNEL;
+	if (authorized.update(&key, &value)) {
+		flows.delete(&key);
+		count(REASON_AUTHORIZED_FULL);
+		return;
+	}
+	__sync_fetch_and_add(&pod->flows, 1);
+	kept->client = own->local;
+	kept->client_port = own->local_port;
+	kept->state = PENDING_FLOW;
+	follow_state(ctx);
+}
+
 /* TCP_CONNECT_CB: the source port exists, the SYN has not left. */
 static __always_inline void connecting(struct bpf_sock_ops *ctx, struct bpf_sock *sk, const struct tuple_key *own)
 {
@@ -100,10 +193,21 @@ static __always_inline void connecting(struct bpf_sock_ops *ctx, struct bpf_sock
 		write_redirect(ctx, kept, own);
 	else if (kept->reason == REASON_PROBE)
 		write_authorized(ctx, kept, own);
+	else if (kept->reason == REASON_KERNEL)
+		write_flow(ctx, sk, kept, own);
+}
+
+/* Whether this namespace is that of the workload an entry of the kernel path lets a connection into. Addresses do not tell:
+ * in a namespace of its own anybody may have any. */
+static __always_inline int is_destination(const struct authorized_value *entry, __u64 netns)
+{
+	struct enrolled_value *pod = enrolled.lookup(&netns);
+
+	return pod && pod->workload == entry->workload;
 }
 
 /* PASSIVE_ESTABLISHED: before accept() can return the socket. */
-static __always_inline void accepting(struct bpf_sock_ops *ctx, const struct tuple_key *own)
+static __always_inline void accepting(struct bpf_sock_ops *ctx, struct bpf_sock *sk, const struct tuple_key *own)
 {
 	struct authorized_value *entry;
 	struct origin_value *origin;
@@ -133,13 +237,65 @@ static __always_inline void accepting(struct bpf_sock_ops *ctx, const struct tup
 		return;
 	}
 	entry = authorized.lookup((struct tuple_key *)own);
-	if (entry && is_here(entry->netns, netns))
+	if (entry && entry->reason == REASON_KERNEL && is_destination(entry, netns)) {
+		struct flow_value *flow = flows.lookup((struct tuple_key *)own);
+
+		if (flow) {
+			flow->server.sock = (__u64)(unsigned long)sk;
+			flow->server.cookie = bpf_get_socket_cookie(ctx);
+			flow->netns_server = netns;
+			follow_state(ctx);
+		}
 		authorized.delete((struct tuple_key *)own);
+	} else if (entry && entry->reason != REASON_KERNEL && is_here(entry->netns, netns)) {
+		authorized.delete((struct tuple_key *)own);
+	}
 	origin = origins.lookup((struct tuple_key *)own);
 	if (origin && is_here(origin->netns, netns)) {
 		origin->accepted = bpf_get_socket_cookie(ctx);
 		follow_state(ctx);
 	}
+}
+
+/* Bytes the application sent and read through TCP. TCP counts SYN and FIN as a byte each; which of them it has counted
+ * is told by the state the socket comes from. */
+static __always_inline __u64 sent_bytes(struct bpf_sock_ops *ctx, int active)
+{
+	__u64 bytes = ctx->bytes_acked;
+	__u32 from = ctx->args[0];
+	__u64 extra = active ? 1 : 0;
+
+	if (from == STATE_FIN_WAIT2 || from == STATE_LAST_ACK || from == STATE_CLOSING || from == STATE_TIME_WAIT)
+		extra++;
+	return bytes > extra ? bytes - extra : 0;
+}
+
+static __always_inline __u64 received_bytes(struct bpf_sock_ops *ctx)
+{
+	__u64 bytes = ctx->bytes_received;
+	__u32 from = ctx->args[0];
+
+	if (from == STATE_FIN_WAIT2 || from == STATE_CLOSE_WAIT || from == STATE_LAST_ACK || from == STATE_CLOSING ||
+	    from == STATE_TIME_WAIT)
+		return bytes ? bytes - 1 : 0;
+	return bytes;
+}
+
+/* One end closed. What it sent it knows best; what it read stands for the other end until that one closes. */
+static __always_inline void close_end(struct bpf_sock_ops *ctx, struct tuple_key *key, struct flow_value *flow,
+				      struct flow_end *own, struct flow_end *other, int active)
+{
+	__u64 sent = sent_bytes(ctx, active);
+	__u64 received = received_bytes(ctx);
+
+	if (sent > own->native_bytes)
+		own->native_bytes = sent;
+	if (received > other->native_bytes)
+		other->native_bytes = received;
+	/* Atomic for its barrier: of two ends that close at once at least one sees the other closed. */
+	__sync_fetch_and_add(&own->flags, END_CLOSED);
+	if (!other->cookie || (*(volatile __u32 *)&other->flags & END_CLOSED))
+		report(key, flow);
 }
 
 static __always_inline void closing(struct bpf_sock_ops *ctx, struct bpf_sock *sk, struct tuple_key *own)
@@ -174,12 +330,37 @@ static __always_inline void closing(struct bpf_sock_ops *ctx, struct bpf_sock *s
 		kept->state = PENDING_DECIDED;
 		return;
 	}
+	if (kept && kept->state == PENDING_FLOW) {
+		struct enrolled_value *pod = enrolled.lookup(&kept->netns);
+		struct flow_value *flow;
+
+		if (pod && pod->flows)
+			__sync_fetch_and_add(&pod->flows, -1);
+		theirs.local = kept->remote;
+		theirs.local_port = kept->remote_port;
+		theirs.remote = kept->client;
+		theirs.remote_port = kept->client_port;
+		authorized.delete(&theirs);
+		kept->state = PENDING_DECIDED;
+		flow = flows.lookup(&theirs);
+		if (flow && flow->client.cookie == cookie)
+			close_end(ctx, &theirs, flow, &flow->client, &flow->server, 1);
+		return;
+	}
 	if (own->local_port == PORT_OUTBOUND) {
 		struct redirect_key key = {};
 
 		key.cookie = cookie;
 		redirects.delete(&key);
 		return;
+	}
+	{
+		struct flow_value *flow = flows.lookup(own);
+
+		if (flow && flow->server.cookie == cookie) {
+			close_end(ctx, own, flow, &flow->server, &flow->client, 0);
+			return;
+		}
 	}
 	/* The application's end of a delivered connection. The cookie tells it from a later one with the same ports. */
 	origin = origins.lookup(own);
@@ -212,7 +393,7 @@ int sock_ops(struct bpf_sock_ops *ctx)
 	if (op == BPF_SOCK_OPS_TCP_CONNECT_CB)
 		connecting(ctx, sk, &own);
 	else if (op == BPF_SOCK_OPS_PASSIVE_ESTABLISHED_CB)
-		accepting(ctx, &own);
+		accepting(ctx, sk, &own);
 	else
 		closing(ctx, sk, &own);
 	return 1;

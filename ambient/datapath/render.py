@@ -133,7 +133,8 @@ def endpoints(entries: Iterable[tuple[v.EndpointKey, v.EndpointValue]], names: N
             "service": names.services.get(key.service, "") or key.service,
             "port": key.port,
             "slot": key.slot,
-            "endpoint": socket_text(e.address, e.port),
+            "endpoint4": socket_text(e.address4, e.port),
+            "endpoint6": socket_text(e.address6, e.port),
             "workload": names.workload(e.workload) or e.workload,
         }
         for key, e in entries

@@ -160,10 +160,11 @@ class EndpointKey(Record):
 
 @dataclass(frozen=True, slots=True)
 class EndpointValue(Record):
-    """``port`` is the endpoint's."""
+    """What clients of a VIP of either family are sent to; ``port`` is the endpoint's."""
 
     _struct: ClassVar[str] = "endpoint_value"
-    address: str
+    address4: str
+    address6: str
     workload: int
     port: int
 

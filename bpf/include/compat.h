@@ -12,7 +12,13 @@
 #define FAMILY_INET6 10
 #define PROTOCOL_TCP 6
 #define PROTOCOL_UDP 17
-#define STATE_CLOSE 7 /* TCP_CLOSE */
+/* enum of include/net/tcp_states.h */
+#define STATE_FIN_WAIT2 5
+#define STATE_TIME_WAIT 6
+#define STATE_CLOSE 7
+#define STATE_CLOSE_WAIT 8
+#define STATE_LAST_ACK 9
+#define STATE_CLOSING 11
 
 /* Each word of a context is read by itself: merged into wider reads by the compiler, the verifier refuses them. */
 #define WORD(field) (*(volatile __u32 *)&(field))

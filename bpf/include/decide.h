@@ -184,6 +184,37 @@ static __always_inline enum reason decide_outbound(const struct outbound *out, c
 	return REASON_NOT_MESH;
 }
 
+/* The stricter of what both ends of a connection within the node want: ACCELERATION_*. */
+static __always_inline __u16 agreed_acceleration(__u32 enrolled_flags, __u32 workload_flags, __u32 capabilities)
+{
+	if ((enrolled_flags & ENROLLED_OFF) || (workload_flags & WORKLOAD_OFF))
+		return ACCELERATION_OFF;
+	if (!(enrolled_flags & (ENROLLED_DIRECT | ENROLLED_REDIRECT)) ||
+	    !(workload_flags & (WORKLOAD_DIRECT | WORKLOAD_REDIRECT)))
+		return ACCELERATION_OFF;
+	if ((enrolled_flags & ENROLLED_DIRECT) || (workload_flags & WORKLOAD_DIRECT))
+		return ACCELERATION_DIRECT;
+	return (capabilities & CAN_REDIRECT) ? ACCELERATION_REDIRECT : ACCELERATION_DIRECT;
+}
+
+/* Whether a connection to this workload can be the kernel's to decide at all. */
+static __always_inline int is_same_node(const struct workload_value *workload)
+{
+	__u32 wanted = WORKLOAD_ENROLLED | WORKLOAD_LOCAL;
+
+	return (workload->flags & (wanted | WORKLOAD_WAYPOINT)) == wanted;
+}
+
+/* What a verdict says of a connection to a workload that policies select. `verdict` may be null. */
+static __always_inline enum reason judge(const struct verdict_value *verdict, __u64 generation)
+{
+	if (!verdict)
+		return REASON_NO_VERDICT;
+	if (!generation || verdict->generation != generation)
+		return REASON_STALE_VERDICT;
+	return verdict->allow ? REASON_KERNEL : REASON_VERDICT_DENIES;
+}
+
 /* Whether an authorized entry lets a connection into the workload at the local address. */
 static __always_inline int authorizes(const struct authorized_value *entry, const struct workload_value *local)
 {
@@ -191,6 +222,8 @@ static __always_inline int authorizes(const struct authorized_value *entry, cons
 		return 0;
 	if (entry->generation && entry->generation != local->generation)
 		return 0;
+	if (entry->reason == REASON_KERNEL)
+		return entry->generation != 0;
 	return entry->reason == REASON_PROBE || entry->reason == REASON_ZTUNNEL;
 }
 

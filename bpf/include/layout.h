@@ -190,12 +190,13 @@ struct endpoint_key {
 _Static_assert(sizeof(struct endpoint_key) == 8, "endpoint_key");
 
 struct endpoint_value {
-	struct address address;
+	struct address address4;    /* what a client of an IPv4 VIP is sent to; :: if none */
+	struct address address6;    /* the same for IPv6 */
 	__u32 workload;
 	__u16 port;                 /* of the endpoint */
 	__u16 pad;
 };
-_Static_assert(sizeof(struct endpoint_value) == 24, "endpoint_value");
+_Static_assert(sizeof(struct endpoint_value) == 40, "endpoint_value");
 
 /* verdicts: source identity, destination workload and port -> verdict. Port 0 stands for every port that has no entry
  * of its own; it is written last and removed first, so that with it all others are there. */
