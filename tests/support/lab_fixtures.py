@@ -38,6 +38,10 @@ def make_pod(node):
         return pods[-1]
 
     yield make
+    for puppet in [puppet for pod in pods for puppet in pod.puppets]:
+        puppet.kill()
+    # While both ends of a connection still have their interfaces, so that it can end.
+    until(lambda: not len(node.maps.flows), f"flows end with their sockets: {node.maps.flows.items()}")
     for pod in pods:
         pod.close()
 

@@ -199,15 +199,23 @@ class Pod:
             sock.listen(128)
         return sock
 
-    def enrol(self, *, flows_max: int = LAYOUT["FLOWS_SHARE_DEFAULT"], flags: int = 0, generation: int = 1) -> None:
-        """What the agent does, in its order."""
+    def enrol(
+        self,
+        *,
+        flows_max: int = LAYOUT["FLOWS_SHARE_DEFAULT"],
+        flags: int = 0,
+        generation: int = 1,
+        identity: int = 0,
+        workload_flags: int = 0,
+    ) -> None:
+        """What the agent does, in its order. Without acceleration in the flags everything goes to ztunnel."""
         with self.node.member("agent"):
-            self._listen(generation)
+            self._listen(generation, workload_flags)
         bpf_links.attach_sk_lookup(self.node.bpffs_dir, self.fd, self.name)
-        value = EnrolledValue(self.ip4, self.ip6, self.workload, flows_max=flows_max, flags=flags)
+        value = EnrolledValue(self.ip4, self.ip6, self.workload, flows_max=flows_max, flags=flags, identity=identity)
         self.node.maps.put_enrolled(self.cookie, value)
 
-    def _listen(self, generation: int) -> None:
+    def _listen(self, generation: int, workload_flags: int) -> None:
         maps = self.node.maps
         for family, loopback, address, anywhere in (
             (4, "127.0.0.1", self.ip4, "0.0.0.0"),
@@ -224,7 +232,7 @@ class Pod:
             maps.listeners.put(address, LAYOUT["LISTENER_INBOUND_PLAINTEXT"], plaintext.fileno())
             maps.listeners.put(address, LAYOUT["LISTENER_HBONE"], hbone.fileno())
             local = LAYOUT["WORKLOAD_LOCAL"] | LAYOUT["WORKLOAD_ENROLLED"]
-            maps.workloads[address] = WorkloadValue(self.workload, local, generation)
+            maps.workloads[address] = WorkloadValue(self.workload, local | workload_flags, generation)
 
     def leave(self) -> None:
         """Un-enrol."""
@@ -341,7 +349,12 @@ class Node:
     def leftovers(self) -> dict[str, list[object]]:
         """Per-flow entries in the kernel."""
         maps = self.maps
-        found = {"redirects": maps.redirects, "authorized": maps.authorized, "origins": maps.origins}
+        found = {
+            "redirects": maps.redirects,
+            "authorized": maps.authorized,
+            "origins": maps.origins,
+            "flows": maps.flows,
+        }
         return {name: table.items() for name, table in found.items() if len(table)}  # type: ignore[attr-defined]
 
     def counted(self) -> Callable[[str], int]:

@@ -1,0 +1,120 @@
+"""Flows that the kernel authorized: each closed one exactly once, and the living with their bytes.
+
+A flow that ends is deleted from `flows` by whoever reports it, so it is either in the ring buffer or, when that was
+full, still in the map: `closed` reads the one, `sweep` takes the other. The ring buffer's position lives in the kernel,
+so what ends while nobody reads is read later. Lost is only what a process had read and not yet used when it was killed.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from typing import Final
+
+from ambient.datapath.layout import LAYOUT
+from ambient.datapath.values import FlowEvent, FlowValue, TupleKey
+from ambient.errors import AmbientError
+from ambient.io import sock_diag
+from ambient.io.bpf_maps import Maps
+from ambient.io.bpf_ring import RingReader
+
+CLOSED: Final = LAYOUT["END_CLOSED"]
+NetnsOf = Callable[[int], int | None]
+"""Cookie of a pod's network namespace -> its descriptor, None if it is not known."""
+
+
+@dataclass(frozen=True, slots=True)
+class LiveFlow:
+    """``sent`` and ``received`` as the client sees them, native and redirected together; -1 if they cannot be known."""
+
+    key: TupleKey
+    value: FlowValue
+    sent: int
+    received: int
+
+
+def is_over(flow: FlowValue) -> bool:
+    """Whether both its ends are closed (a server's end that never came about counts as closed)."""
+    return bool(flow.client.flags & CLOSED) and (not flow.server.cookie or bool(flow.server.flags & CLOSED))
+
+
+def bytes_sent(flow: FlowValue) -> int:
+    """By the client, of a closed flow."""
+    return flow.client.native_bytes + flow.client.redirect_bytes
+
+
+def bytes_received(flow: FlowValue) -> int:
+    """By the client, of a closed flow."""
+    return flow.server.native_bytes + flow.server.redirect_bytes
+
+
+class FlowReader:
+    """On a node's open maps, which stay the caller's. Only one process may call `closed`."""
+
+    def __init__(self, maps: Maps) -> None:
+        self._maps = maps
+        self._ring: RingReader | None = None
+
+    def fileno(self) -> int:
+        """Readable when a flow closed."""
+        return self._reader().fileno()
+
+    def _reader(self) -> RingReader:
+        if self._ring is None:
+            self._ring = RingReader(self._maps.tables["events"].fd)
+        return self._ring
+
+    def close(self) -> None:
+        if self._ring is not None:
+            self._ring.close()
+            self._ring = None
+
+    def closed(self, limit: int = 4096) -> Iterator[FlowEvent]:
+        """Flows that ended since the last call, oldest first. Raises BpfFault, OSError."""
+        for raw in self._reader().read(limit):
+            yield FlowEvent.decode(raw)
+
+    def sweep(self) -> Iterator[FlowEvent]:
+        """Flows that ended and found no room in the ring buffer."""
+        table = self._maps.tables["flows"]
+        for raw, value in table.items():
+            if is_over(FlowValue.decode(value)) and (taken := table.take(raw)) is not None:
+                yield FlowEvent(TupleKey.decode(raw), FlowValue.decode(taken), time.monotonic_ns())
+
+    def live(self, netns_of: NetnsOf, wanted: Iterable[tuple[TupleKey, FlowValue]] | None = None) -> list[LiveFlow]:
+        """Flows that are not over, with both directions' bytes, asked of the client's socket. Raises BpfFault."""
+        entries = self._maps.flows.items() if wanted is None else list(wanted)
+        by_netns: dict[int, list[tuple[TupleKey, FlowValue]]] = {}
+        for key, value in entries:
+            if not is_over(value):
+                by_netns.setdefault(value.netns_client, []).append((key, value))
+        found: list[LiveFlow] = []
+        for cookie, flows in by_netns.items():
+            sockets = self._sockets(netns_of(cookie))
+            for key, value in flows:
+                found.append(_live(key, value, sockets))
+        return found
+
+    def _sockets(self, netns_fd: int | None) -> dict[int, sock_diag.TcpSocket]:
+        if netns_fd is None:
+            return {}
+        try:
+            with sock_diag.open_diag(netns_fd) as sock:
+                return {s.cookie: s for s in sock_diag.dump(sock)}
+        except (OSError, AmbientError):
+            return {}
+
+
+def _live(key: TupleKey, value: FlowValue, sockets: dict[int, sock_diag.TcpSocket]) -> LiveFlow:
+    client = sockets.get(value.client.cookie)
+    if client is None:
+        if value.client.flags & CLOSED:  # known to the map; what the server may still send is lost on its way
+            return LiveFlow(key, value, bytes_sent(value), bytes_received(value))
+        return LiveFlow(key, value, -1, -1)
+    # The SYN counts as a byte, and so does a FIN, which only a closing connection has: the states say which.
+    finished = client.state in (5, 6, 9, 11)
+    ended = client.state in (8, 9, 11)
+    sent = max(0, client.sent - 1 - int(finished))
+    received = max(0, client.received - int(ended))
+    return LiveFlow(key, value, sent + value.client.redirect_bytes, received + value.server.redirect_bytes)
