@@ -105,6 +105,8 @@ static __always_inline enum reason same_node(struct pending_value *record, struc
 	workload = workloads.lookup(&target);
 	if (!workload || !is_same_node(workload) || !now->complete || is_guarded_port(port))
 		return REASON_CAPTURED;
+	if (agent_is_silent(now, bpf_ktime_get_ns()))
+		return REASON_CAPTURED;
 	if (wanted && workload->workload != wanted)
 		return REASON_CAPTURED; /* the address has another owner by now */
 	record->acceleration = agreed_acceleration(pod->flags, workload->flags, now->acceleration);

@@ -243,12 +243,17 @@ class Agent:
             "complete": kernel is not None and kernel.complete,
             "pods": self._pods.status(),
             "bypass": msgspec.to_builtins(self._pods.bypass()),
-            "counters": self._pods.counters | {"entries_refused": kernel.refused if kernel else 0},
+            "counters": self._pods.counters
+            | {"entries_refused": kernel.refused if kernel else 0}
+            | (kernel.same_node.counters if kernel else {}),
             "programs": [],
             "maps": {},
             "problems": problems,
         }
+        problems += [f"{p['namespace']}/{p['name']}: {p['problem']}" for p in body["pods"] if p["problem"]]
         if kernel is not None:
+            if kernel.same_node.problem:
+                problems.append(kernel.same_node.problem)
             if kernel.problem:
                 problems.append(kernel.problem)
             try:

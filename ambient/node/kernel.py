@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, Final, TypeVar
 
 from ambient.datapath import entries, render
+from ambient.datapath.endpoints import counts
 from ambient.datapath.entries import LocalPod
 from ambient.datapath.layout import LAYOUT
 from ambient.datapath.plan import Plan, plan
@@ -28,8 +29,11 @@ from ambient.datapath.values import (
 from ambient.errors import AmbientError, PlatformFault
 from ambient.io import bpf_links, cgroup
 from ambient.io.bpf_maps import Maps, TypedMap
+from ambient.manifest.acceleration import Acceleration
+from ambient.model.identity import Identity
 from ambient.model.world import World
 from ambient.node.records import Names
+from ambient.node.same_node import SameNode
 from ambient.settings import NodeSettings
 
 LOADER_S: Final = 180.0
@@ -142,6 +146,8 @@ class Kernel:
         self._workloads = dict(maps.workloads.items())
         self._services = dict(maps.services.items())
         self._failed: set[str] = set()
+        self._strict_means_off = settings.strict_means_off
+        self.same_node = SameNode(settings.node_name, names, maps)
         before = maps.settings
         # An operator's bypass stays; everything unknown is captured until this process has the World.
         self._settings = _settings_value(settings, before or SettingsValue())
@@ -167,23 +173,36 @@ class Kernel:
         return render.Names(
             {n: render.short_workload(uid) for n, uid in self._names.workloads.names().items()},
             {n: render.short_service(key) for n, key in self._names.services.names().items()},
+            identities=self._names.identities.names(),
+            policies=self._names.policies.names(),
         )
+
+    @property
+    def auto_redirect(self) -> bool:
+        """Whether `auto` means `redirect` on this kernel."""
+        return bool(self._settings.acceleration & LAYOUT["AUTO_REDIRECT"])
 
     def wanted(self, pods: Iterable[LocalPod]) -> dict[str, dict[Any, Any]]:
         """What the maps that follow the World shall hold, computed anew, by the name of the map."""
-        local = entries.local_workloads(self._world or World(), pods, self._names.workloads)
+        world = self._world or World()
+        granted = entries.rights(world, pods, strict_means_off=self._strict_means_off)
+        local = entries.local_workloads(granted, self.same_node.generation_of, self._names.workloads)
+        wanted: dict[str, dict[Any, Any]] = {"verdicts": dict(self.same_node.wanted_verdicts())}
         if self._world is None:
             kept = {a: v for a, v in self._workloads.items() if not v.flags & entries.LOCAL}
-            return {"workloads": kept | local, "services": dict(self._services)}
-        return {
+            return wanted | {"workloads": kept | local, "services": dict(self._services)}
+        slots = self.same_node.wanted_endpoints(world)
+        return wanted | {
             "workloads": entries.remote_workloads(self._world, self._node, self._names.workloads) | local,
-            "services": entries.services(self._world, self._names.services),
+            "endpoints": slots,
+            "services": entries.services(self._world, self._names.services, counts(slots)),
         }
 
     def resync(self, pods: Collection[LocalPod]) -> None:
         """Forget what was written, look at what is there, and write what differs."""
         self._workloads = dict(self.maps.workloads.items())
         self._services = dict(self.maps.services.items())
+        self.same_node.forget()
         if self._world is None:
             self.put_pods(pods)
         else:
@@ -206,19 +225,21 @@ class Kernel:
         """Write a World. `complete` afterwards says whether all of it found room."""
         self._world = world
         self._remote = entries.remote_workloads(world, self._node, self._names.workloads)
-        services = entries.services(world, self._names.services)
         self._failed.clear()
-        self._apply("services", self.maps.services, self._services, plan(self._services, services))
         self.put_pods(pods)
         used = {*world.workloads, *(p.workload_uid for p in pods)}
         self._names.workloads.retain(used)
         self._names.services.retain(world.services)
+        self.same_node.tidy()
         self._names.save()
 
     def put_pods(self, pods: Iterable[LocalPod]) -> None:
-        """Write the addresses of this node's pods; all others stay as the World has them."""
+        """Write the addresses of this node's pods and who may reach them; all others stay as the World has them."""
         world = self._world or World()
-        local = entries.local_workloads(world, pods, self._names.workloads)
+        same_node = self.same_node
+        same_node.grant(entries.rights(world, pods, strict_means_off=self._strict_means_off))
+        local = entries.local_workloads(same_node.granted, same_node.generation_of, self._names.workloads)
+        self._names.save()
         # Before the first World the entries of an earlier agent serve on; only our own addresses are ours to change.
         if self._world is None:
             wanted = {a: v for a, v in self._workloads.items() if not v.flags & entries.LOCAL} | local
@@ -226,6 +247,14 @@ class Kernel:
             wanted = self._remote | local
         self._failed.discard("workloads")
         self._apply("workloads", self.maps.workloads, self._workloads, plan(self._workloads, wanted))
+        same_node.put_verdicts()
+        if self._world is not None:
+            slots = same_node.wanted_endpoints(world)
+            services = entries.services(world, self._names.services, same_node.put_endpoints(slots))
+            self._failed.discard("services")
+            self._apply("services", self.maps.services, self._services, plan(self._services, services))
+            same_node.drop_endpoints(slots)
+        same_node.revoke()
         self._names.save()
         complete = self._world is not None and not self._failed
         if complete != self.complete:
@@ -264,7 +293,13 @@ class Kernel:
                 self.maps.listeners.delete(address, kind)
 
     def enrolled_value(
-        self, addresses: Iterable[str], workload_uid: str, open_on_failure: bool, bypass: bool
+        self,
+        addresses: Iterable[str],
+        workload_uid: str,
+        open_on_failure: bool,
+        bypass: bool,
+        identity: Identity | None,
+        acceleration: Acceleration,
     ) -> EnrolledValue:
         found = list(addresses)
         open_flag, bypass_flag = LAYOUT["ENROLLED_OPEN"], LAYOUT["ENROLLED_BYPASS"]
@@ -272,13 +307,25 @@ class Kernel:
             next((a for a in found if ":" not in a), ""),
             next((a for a in found if ":" in a), ""),
             self.number(workload_uid),
-            flags=(open_flag if open_on_failure else 0) | (bypass_flag if bypass else 0),
+            flags=(open_flag if open_on_failure else 0)
+            | (bypass_flag if bypass else 0)
+            | entries.enrolled_flags(acceleration),
+            identity=self.same_node.identity(identity) if identity is not None else 0,
         )
 
     def put_enrolled(
-        self, cookie: int, addresses: Iterable[str], workload_uid: str, open_on_failure: bool, bypass: bool
+        self,
+        cookie: int,
+        addresses: Iterable[str],
+        workload_uid: str,
+        open_on_failure: bool,
+        bypass: bool,
+        identity: Identity | None,
+        acceleration: Acceleration,
     ) -> None:
-        self.maps.put_enrolled(cookie, self.enrolled_value(addresses, workload_uid, open_on_failure, bypass))
+        value = self.enrolled_value(addresses, workload_uid, open_on_failure, bypass, identity, acceleration)
+        self._names.save()
+        self.maps.put_enrolled(cookie, value)
 
     def remove_enrolled(self, cookie: int) -> None:
         self.maps.enrolled.delete(cookie)
@@ -300,6 +347,7 @@ class Kernel:
     def remove_flows(self, addresses: Iterable[str], cookie: int) -> None:
         """Everything that programs and ztunnel wrote for connections of these addresses or this namespace."""
         gone = set(addresses)
+        self.same_node.remove(gone)
         for table in (self.maps.authorized, self.maps.origins):
             for key in table:
                 if key.local in gone or key.remote in gone:
@@ -319,6 +367,9 @@ class Kernel:
             "enrolled": lambda: len(self.maps.enrolled),
             "listeners": lambda: len(self.maps.listeners),
             "authorized": lambda: len(self.maps.authorized),
+            "endpoints": lambda: len(self.maps.endpoints),
+            "verdicts": lambda: len(self.maps.verdicts),
+            "flows": lambda: len(self.maps.flows),
             "origins": lambda: len(self.maps.origins),
             "redirects": lambda: len(self.maps.redirects),
         }

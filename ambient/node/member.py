@@ -11,7 +11,9 @@ from dataclasses import dataclass, field
 from ambient.datapath.entries import LocalPod
 from ambient.errors import AmbientError, PlatformFault
 from ambient.io import netns
+from ambient.manifest.acceleration import Acceleration, resolve
 from ambient.manifest.objects import Pod
+from ambient.model.identity import Identity
 from ambient.node import listeners
 from ambient.node import messages as m
 from ambient.node.holder_client import Handle, HolderClient
@@ -46,6 +48,10 @@ class Member:
     """Whether the pod carries the annotation; None before it was looked at."""
     told: str = ""
     """The reason that was last written to the pod."""
+    auto_redirect: bool = False
+    """What `auto` means on this kernel."""
+    acceleration_problem: str = ""
+    """What is wrong with the annotation, for status."""
     lock: asyncio.Lock = field(default_factory=asyncio.Lock)
     task: asyncio.Task[None] | None = None
     kicked: asyncio.Event = field(default_factory=asyncio.Event)
@@ -69,12 +75,28 @@ class Member:
             self.addressed,
             open=record.open_on_failure,
             bypass=record.bypass,
+            identity=self.identity,
+            acceleration=self.acceleration,
         )
 
-    def enrolled_as(self) -> tuple[tuple[str, ...], str, bool, bool]:
-        """Addresses, workload, open on failure, bypassed: what `Kernel.put_enrolled` takes."""
+    @property
+    def identity(self) -> Identity | None:
+        """None if its fields cannot form one."""
+        try:
+            return Identity(self.trust_domain, self.record.namespace, self.record.service_account)
+        except ValueError:
+            return None
+
+    @property
+    def acceleration(self) -> Acceleration:
+        """As wanted, `auto` resolved for this kernel."""
+        return resolve(Acceleration(self.record.acceleration), auto_redirect=self.auto_redirect)
+
+    def enrolled_as(self) -> tuple[tuple[str, ...], str, bool, bool, Identity | None, Acceleration]:
+        """Addresses, workload, open on failure, bypassed, identity, acceleration: what `Kernel.put_enrolled` takes."""
         record = self.record
-        return record.addresses, self.workload_uid, record.open_on_failure, record.bypass
+        bypass = record.bypass
+        return record.addresses, self.workload_uid, record.open_on_failure, bypass, self.identity, self.acceleration
 
     def message(self, number: int) -> m.Pod:
         record = self.record

@@ -16,6 +16,7 @@ from typing import Any, Final, Protocol
 from ambient.datapath.entries import LocalPod
 from ambient.errors import AmbientError, PlatformFault
 from ambient.manifest import mesh as words
+from ambient.manifest.acceleration import ACCELERATION, parse
 from ambient.manifest.mesh import Mesh
 from ambient.manifest.objects import Namespace, Pod
 from ambient.manifest.pods import Enrol, Leave, NotEnrolled, addresses_of, enrolment, in_world, workload_uid
@@ -105,9 +106,18 @@ class Pods:
                     "netns_cookie": member.cookie,
                     "generation": record.generation,
                     "annotated": member.annotated,
+                    "acceleration": member.acceleration.value,
+                    "problem": member.acceleration_problem,
                 }
             )
         return rows
+
+    def netns_of(self, cookie: int) -> int | None:
+        """The descriptor of an enrolled pod's namespace."""
+        for member in self.members.values():
+            if member.cookie == cookie and member.handle is not None:
+                return member.handle.fds.get(m.NETNS)
+        return None
 
     def count(self, name: str) -> None:
         self.counters[name] = self.counters.get(name, 0) + 1
@@ -117,6 +127,7 @@ class Pods:
     async def restore(self, kernel: Kernel, holder: HolderClient, snapshot: dict[str, Handle]) -> None:
         """Take up what an earlier agent left: in the kernel, with the holder, in agent.json. Then operate."""
         self.kernel, self.holder = kernel, holder
+        kernel.same_node.netns_of = self.netns_of
         await self.apply_bypass()
         for uid, handle in (snapshot | self._late).items():
             self._adopt(uid, handle)
@@ -300,6 +311,18 @@ class Pods:
         changed, member.record.open_on_failure = wanted != member.record.open_on_failure, wanted
         return changed
 
+    def take_acceleration(self, member: Member, namespace: Namespace | None = None) -> bool:
+        """Note what pod and namespace ask for within the node. True if that is something else than before."""
+        namespace = self.namespaces.get(member.record.namespace, namespace)
+        before = member.acceleration
+        if member.api is not None and namespace is not None:
+            wanted, problem = parse(member.api.annotations, namespace.annotations)
+            if problem and problem != member.acceleration_problem:
+                log.warning("pod %s: %s", member.title, problem)
+            member.record.acceleration, member.acceleration_problem = wanted.value, problem
+        member.auto_redirect = self.kernel is not None and self.kernel.auto_redirect
+        return member.acceleration is not before
+
     def bypass(self) -> Bypass:
         """What an operator switched off; where nobody ever said anything, what the kernel holds."""
         known = self.records.bypass
@@ -411,7 +434,7 @@ class Pods:
             return
         try:
             self.check(member)
-            changed = self.take_on_failure(member) | self.take_bypass(member)
+            changed = self.take_on_failure(member) | self.take_bypass(member) | self.take_acceleration(member)
             if member.state != "enrolled" or member.handle is None or not member.handed:
                 await self.join(member)
             elif changed:
@@ -540,8 +563,9 @@ class Pods:
             await asyncio.gather(member.task, return_exceptions=True)
 
 
-def _asks(namespace: Namespace | None) -> tuple[str, str]:
+def _asks(namespace: Namespace | None) -> tuple[str, ...]:
     """What of a namespace matters here."""
     if namespace is None:
-        return ("", "")
-    return (namespace.labels.get(words.DATAPLANE_MODE, ""), namespace.annotations.get(ON_FAILURE, ""))
+        return ()
+    asked = (namespace.annotations.get(name, "") for name in (ON_FAILURE, ACCELERATION))
+    return (namespace.labels.get(words.DATAPLANE_MODE, ""), *asked)

@@ -13,6 +13,7 @@ from typing import Any, TypeVar
 import msgspec
 
 from ambient.datapath.numbers import Numbers
+from ambient.manifest.acceleration import Acceleration
 
 T = TypeVar("T")
 
@@ -36,6 +37,8 @@ class Record(msgspec.Struct, kw_only=True):
     """Its namespace asks for `ambient.mesh/on-failure: open`."""
     bypass: bool = False
     """An operator switched its namespace's capture off."""
+    acceleration: str = Acceleration.OFF.value
+    """What it and its namespace ask for; off until that is known."""
     gone: bool = False
     """DEL came; kept until the API says so too, so that its address is not believed to be the pod's."""
 
@@ -63,8 +66,12 @@ class _State(msgspec.Struct, kw_only=True):
 class _Names(msgspec.Struct, kw_only=True):
     workloads: dict[str, str] = {}
     services: dict[str, str] = {}
+    identities: dict[str, str] = {}
+    policies: dict[str, str] = {}
     next_workload: int = 1
     next_service: int = 1
+    next_identity: int = 1
+    next_policy: int = 1
 
 
 def write_atomically(path: Path, value: Any) -> None:
@@ -110,27 +117,38 @@ class Records:
 
 
 class Names:
-    """The numbers of workloads and services, written for the command line whenever they changed."""
+    """The numbers of workloads, services, identities and policies, written whenever they changed."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
         names, self.problem = _read(path, _Names)
         self.workloads = Numbers(_inverse(names.workloads), names.next_workload)
         self.services = Numbers(_inverse(names.services), names.next_service)
-        self._written = (-1, -1)
+        self.identities = Numbers(_inverse(names.identities), names.next_identity)
+        self.policies = Numbers(_inverse(names.policies), names.next_policy)
+        self._written: tuple[int, ...] = ()
 
     def save(self) -> None:
-        versions = (self.workloads.version, self.services.version)
+        kinds = (self.workloads, self.services, self.identities, self.policies)
+        versions = tuple(numbers.version for numbers in kinds)
         if versions == self._written:
             return
         content = _Names(
-            workloads={str(number): name for number, name in self.workloads.names().items()},
-            services={str(number): name for number, name in self.services.names().items()},
+            workloads=_texts(self.workloads),
+            services=_texts(self.services),
+            identities=_texts(self.identities),
+            policies=_texts(self.policies),
             next_workload=self.workloads.next,
             next_service=self.services.next,
+            next_identity=self.identities.next,
+            next_policy=self.policies.next,
         )
         write_atomically(self._path, content)
         self._written = versions
+
+
+def _texts(numbers: Numbers) -> dict[str, str]:
+    return {str(number): name for number, name in numbers.names().items()}
 
 
 def _inverse(names: dict[str, str]) -> dict[str, int]:

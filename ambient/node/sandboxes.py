@@ -97,6 +97,7 @@ class Sandboxes:
             record.generation = self._pods.records.next_generation(time.time_ns())
             self._pods.take_on_failure(member)
             self._pods.take_bypass(member)
+            self._pods.take_acceleration(member, namespace)
             self._pods.addresses_changed()
             if isinstance(verdict, Enrol):
                 return await self._add_to_mesh(request, member)

@@ -136,6 +136,12 @@ static __always_inline int heartbeat_stopped(const struct settings_value *settin
 	return timeout_ns && now_ns > settings->heartbeat_ns && now_ns - settings->heartbeat_ns > timeout_ns;
 }
 
+/* Verdicts are as good as the agent that keeps them. */
+static __always_inline int agent_is_silent(const struct settings_value *settings, __u64 now_ns)
+{
+	return now_ns > settings->heartbeat_ns && now_ns - settings->heartbeat_ns > AGENT_SILENT_S * 1000000000ull;
+}
+
 /* What is known about a connect or a datagram of an enrolled pod. `settings` is never null: a hook that finds
  * none passes zeroes, and so captures everything. */
 struct outbound {

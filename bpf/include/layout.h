@@ -34,6 +34,7 @@
 #define EVENTS_BYTES 262144         /* of the ring buffer: a power of two and whole pages */
 #define SLOTS_MAX 1024              /* slots of one service port: endpoints, repeated by weight */
 #define FLOWS_SHARE_DEFAULT 8192    /* enrolled_value.flows_max unless the agent knows better */
+#define AGENT_SILENT_S 15           /* after so long without a heartbeat ztunnel decides what verdicts would have */
 #define CGROUP_LEVELS_MAX 12        /* ancestors of a process that are compared with a set of cgroups */
 
 /* Ports of the mesh; ambient/ports.py holds the same numbers and a test compares them. */

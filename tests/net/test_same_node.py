@@ -9,6 +9,7 @@ from __future__ import annotations
 import errno
 import socket
 import struct
+import time
 from pathlib import Path
 
 import pytest
@@ -245,7 +246,9 @@ def test_no_policy_needs_no_verdict(node, client, server):
     server.app.accept(server.listening[server.ip4])
 
 
-@pytest.mark.parametrize("what", ["remote", "waypoint", "off", "unset", "not enrolled", "client off", "not complete"])
+@pytest.mark.parametrize(
+    "what", ["remote", "waypoint", "off", "unset", "not enrolled", "client off", "not complete", "silent"]
+)
 def test_what_the_kernel_may_not_decide_goes_to_ztunnel_with_the_endpoint(node, client, server, service, what):
     allow(node, server)
     match what:
@@ -265,6 +268,8 @@ def test_what_the_kernel_may_not_decide_goes_to_ztunnel_with_the_endpoint(node, 
             node.maps.enrolled[client.cookie] = type(entry)(
                 entry.address4, entry.address6, entry.workload, flags=LAYOUT["ENROLLED_OFF"], identity=ME
             )
+        case "silent":
+            node.reset(heartbeat_ns=time.monotonic_ns() - 16 * 10**9)
         case "not complete":
             node.reset(complete=0)
     app = client.puppet()

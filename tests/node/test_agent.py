@@ -20,6 +20,7 @@ import pytest
 import pytest_asyncio
 
 from ambient.datapath.entries import ENROLLED, LOCAL, OPEN
+from ambient.datapath.layout import LAYOUT
 from ambient.io import bpf_links
 from ambient.manifest.kinds import NAMESPACE, POD
 from ambient.manifest.mesh import REDIRECTION
@@ -32,6 +33,8 @@ from tests.node.real_node import NODE, RealNode, Sandbox, real_node
 from tests.support.require import require
 
 pytestmark = [pytest.mark.asyncio(loop_scope="module"), pytest.mark.bpf, pytest.mark.net]
+
+ENROLLED_OPEN, DIRECT = LAYOUT["ENROLLED_OPEN"], LAYOUT["WORKLOAD_DIRECT"]
 
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
@@ -76,7 +79,7 @@ async def test_add_enrols_before_it_answers_and_passes_the_result_on(node: RealN
     assert code == 0 and [i["address"] for i in result["ips"]] == [f"{a}/24" for a in sandbox.addresses]
     with node.maps() as maps:
         entry = maps.workloads[sandbox.address]
-        assert entry.flags == LOCAL | ENROLLED
+        assert entry.flags == LOCAL | ENROLLED | DIRECT
         assert maps.workloads[sandbox.addresses[1]] == entry
         mine = [v for _, v in maps.enrolled.items() if v.workload == entry.workload]
         assert [(v.address4, v.address6) for v in mine] == [tuple(sandbox.addresses)]
@@ -423,10 +426,8 @@ async def test_the_world_reaches_the_maps_and_says_nothing_of_our_addresses(node
         assert maps.workloads["10.77.9.9"].flags & ENROLLED
         assert "10.77.8.8" not in maps.workloads
         assert [k.port for k in maps.services if k.vip == "10.96.0.9"] == [80]
-        assert (maps.workloads[sandbox.address].workload, maps.workloads[sandbox.address].generation) == (
-            ours.workload,
-            ours.generation,
-        )
+        assert maps.workloads[sandbox.address].workload == ours.workload
+        assert maps.workloads[sandbox.address].generation > ours.generation, "rights were looked at anew"
         names = msgspec.json.decode((node.run_dir / "names.json").read_bytes())
         assert names["workloads"][str(maps.workloads["10.77.9.9"].workload)] == remote.uid
     await gone(node, pod, sandbox)
@@ -452,13 +453,14 @@ async def test_a_namespace_may_ask_to_be_open_on_failure(node: RealNode) -> None
     with node.maps() as maps:
 
         def opened() -> bool:
-            return bool(maps.workloads[sandbox.address].flags & OPEN and maps.enrolled[cookie].flags)
+            return bool(maps.workloads[sandbox.address].flags & OPEN and maps.enrolled[cookie].flags & ENROLLED_OPEN)
 
         await node.until(opened, "both maps say so")
         assert maps.settings is not None and maps.settings.heartbeat_timeout_s > 2
         await node.client.patch(NAMESPACE, "soft", {"metadata": {"annotations": {ON_FAILURE: None}}})
         await node.until(
-            lambda: not maps.workloads[sandbox.address].flags & OPEN and not maps.enrolled[cookie].flags, "closed again"
+            lambda: not (maps.workloads[sandbox.address].flags & OPEN or maps.enrolled[cookie].flags & ENROLLED_OPEN),
+            "closed again",
         )
     await gone(node, pod, sandbox)
 

@@ -10,9 +10,10 @@ from hypothesis import strategies as st
 
 from ambient.datapath import entries
 from ambient.datapath.entries import ALLOW_ANY, ENROLLED, LOCAL, WAYPOINT, LocalPod
+from ambient.datapath.layout import LAYOUT
 from ambient.datapath.numbers import NUMBER_MAX, Numbers
 from ambient.datapath.plan import plan
-from ambient.datapath.values import ServiceKey
+from ambient.datapath.values import ServiceKey, WorkloadValue
 from ambient.model.address import parse_ip
 from ambient.model.policy import Action, Policy, Scope
 from ambient.model.workload import GatewayAddress, Port, Service, TunnelProtocol, Workload
@@ -33,6 +34,13 @@ def workload(name: str, address: str, node: str = "n2", **more: object) -> Workl
 
 
 REMOTE = workload("far", "10.2.0.5", protocol=TunnelProtocol.HBONE)
+OFF = LAYOUT["WORKLOAD_OFF"]
+
+
+def local_workloads(pods: list[LocalPod], numbers: Numbers | None = None) -> dict[str, WorkloadValue]:
+    return entries.local_workloads(entries.rights(World(), pods), lambda pod: pod.generation, numbers or Numbers())
+
+
 HERE = LocalPod("Kubernetes//Pod/shop/near", ("10.1.0.5", "fd00::5"), generation=77, enrolled=True)
 
 
@@ -52,22 +60,22 @@ def test_discovery_says_nothing_of_this_nodes_addresses() -> None:
 
 
 def test_a_local_pod_has_its_own_generation_on_every_address() -> None:
-    found = entries.local_workloads(World(), [HERE], Numbers())
+    found = local_workloads([HERE])
     assert {a: (v.flags, v.generation) for a, v in found.items()} == {
-        "10.1.0.5": (LOCAL | ENROLLED, 77),
-        "fd00::5": (LOCAL | ENROLLED, 77),
+        "10.1.0.5": (LOCAL | ENROLLED | OFF, 77),
+        "fd00::5": (LOCAL | ENROLLED | OFF, 77),
     }
 
 
 def test_a_pod_that_left_stays_known_as_not_enrolled() -> None:
-    found = entries.local_workloads(World(), [replace(HERE, enrolled=False)], Numbers())
+    found = local_workloads([replace(HERE, enrolled=False)])
     assert found["10.1.0.5"].flags == LOCAL
 
 
 def test_open_on_failure_is_said_of_enrolled_pods_only() -> None:
-    found = entries.local_workloads(World(), [replace(HERE, open=True)], Numbers())
-    assert found["10.1.0.5"].flags == LOCAL | ENROLLED | entries.OPEN
-    found = entries.local_workloads(World(), [replace(HERE, open=True, enrolled=False)], Numbers())
+    found = local_workloads([replace(HERE, open=True)])
+    assert found["10.1.0.5"].flags == LOCAL | ENROLLED | OFF | entries.OPEN
+    found = local_workloads([replace(HERE, open=True, enrolled=False)])
     assert found["10.1.0.5"].flags == LOCAL
 
 
@@ -75,7 +83,7 @@ def test_a_reused_address_names_the_later_pod() -> None:
     later = LocalPod("Kubernetes//Pod/shop/later", ("10.1.0.5",), generation=78, enrolled=True)
     numbers = Numbers()
     for order in ([HERE, later], [later, HERE]):
-        found = entries.local_workloads(World(), order, numbers)
+        found = local_workloads(order, numbers)
         assert found["10.1.0.5"].workload == numbers.of(later.workload_uid)
         assert found["10.1.0.5"].generation == 78
 

@@ -39,7 +39,14 @@ class Table(dict[Any, Any]):
 @pytest.fixture
 def kernel(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Kernel:
     monkeypatch.setattr(kernels, "_settings_value", lambda settings, mode, generation: SettingsValue(mode=mode))
-    maps: Any = SimpleNamespace(workloads=Table(), services=Table(), settings=SettingsValue(mode=1))
+    maps: Any = SimpleNamespace(
+        workloads=Table(),
+        services=Table(),
+        endpoints=Table(),
+        verdicts=Table(),
+        flows=Table(),
+        settings=SettingsValue(mode=1),
+    )
     return Kernel(NodeSettings(node_name="n1"), Names(tmp_path / "names.json"), maps)
 
 

@@ -21,15 +21,8 @@ from typing import Final
 from msgspec.structs import replace
 
 from ambient.model.address import IPAddress, SocketAddress, fold, parse_ip
-from ambient.model.workload import (
-    GatewayAddress,
-    LoadBalancing,
-    LoadBalancingMode,
-    LoadBalancingScope,
-    Service,
-    Workload,
-    WorkloadType,
-)
+from ambient.model.balancing import Here, prefer
+from ambient.model.workload import GatewayAddress, LoadBalancingMode, Service, Workload, WorkloadType
 from ambient.model.world import Endpoint, World
 from ambient.node.messages import Pod
 from ambient.ports import GUARDED, HBONE
@@ -172,7 +165,7 @@ def _to_service(
         touched.address(address)
         if not local.contradicts(endpoint.workload, address):
             usable.append((endpoint, address))
-    here = _Here(pod, source, local.node)
+    here = Here(local.node, source)
     preferred = set(prefer(here, (e.workload for e, _ in usable), service.load_balancing))
     hops: list[Hop] = []
     for endpoint, address in usable:
@@ -236,58 +229,6 @@ def _refuse_waypoint(world: World, waypoint: GatewayAddress | None, whose: str, 
             "going around it would go around its policies; remove istio.io/use-waypoint",
         )
     raise _Refused("waypoint_unresolved", f"{whose} wants its traffic to pass waypoint {at}, which is not known")
-
-
-class _Here:
-    """Where the source is, for locality preferences."""
-
-    def __init__(self, pod: Pod, source: Workload | None, node: str) -> None:
-        self.node = node
-        self.source = source
-        self.pod = pod
-
-
-def prefer(here: _Here, workloads: Iterable[Workload], balancing: LoadBalancing) -> list[str]:
-    """UIDs of the workloads that a load-balancing preference leaves.
-
-    Each scope of the ordered preference that the workload shares with the source, from the first without a gap,
-    counts one; the highest count wins (FAILOVER), or all must match (STRICT). A source whose locality is not
-    known shares only its node.
-    """
-    candidates = list(workloads)
-    if not balancing.preference or balancing.mode not in (LoadBalancingMode.STRICT, LoadBalancingMode.FAILOVER):
-        return [w.uid for w in candidates]
-    ranks = [_rank(here, w, balancing.preference) for w in candidates]
-    strict = balancing.mode is LoadBalancingMode.STRICT
-    wanted = len(balancing.preference) if strict else max(ranks, default=0)
-    return [w.uid for w, rank in zip(candidates, ranks, strict=True) if rank == wanted]
-
-
-def _rank(here: _Here, workload: Workload, preference: tuple[LoadBalancingScope, ...]) -> int:
-    for rank, scope in enumerate(preference):
-        if not _shares(here, workload, scope):
-            return rank
-    return len(preference)
-
-
-def _shares(here: _Here, workload: Workload, scope: LoadBalancingScope) -> bool:
-    if scope is LoadBalancingScope.NODE:
-        return workload.node == here.node
-    source = here.source
-    if source is None:
-        return False
-    ours, theirs = source.locality, workload.locality
-    match scope:
-        case LoadBalancingScope.REGION:
-            return theirs.region == ours.region
-        case LoadBalancingScope.ZONE:
-            return theirs.zone == ours.zone
-        case LoadBalancingScope.SUBZONE:
-            return theirs.subzone == ours.subzone
-        case LoadBalancingScope.CLUSTER:
-            return workload.cluster_id == source.cluster_id
-        case LoadBalancingScope.NETWORK:
-            return workload.network == source.network
 
 
 def baggage(pod: Pod, workload: Workload | None) -> str:
