@@ -38,7 +38,7 @@ class Table(dict[Any, Any]):
 
 @pytest.fixture
 def kernel(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Kernel:
-    monkeypatch.setattr(kernels, "_settings_value", lambda settings, mode, generation: SettingsValue(mode=mode))
+    monkeypatch.setattr(kernels, "_settings_value", lambda settings, before: SettingsValue(mode=before.mode))
     maps: Any = SimpleNamespace(
         workloads=Table(),
         services=Table(),

@@ -153,7 +153,7 @@ class Pod:
         self.name = name
         self.number = number
         self.workload = number
-        self.ip4 = f"10.{node.number}.0.{number}" if 4 in families else ""
+        self.ip4 = f"10.{node.number}.{number // 200}.{1 + number % 200}" if 4 in families else ""
         self.ip6 = f"fd00:{node.number}::{number}" if 6 in families else ""
         self.fd = new_netns()
         self.cookie = netns.netns_cookie(self.fd)
@@ -168,7 +168,7 @@ class Pod:
         )
         commands = ["link set eth0 up"]
         if self.ip4:
-            commands += [f"addr add {self.ip4}/24 dev eth0", f"route add default via 10.{node.number}.0.254"]
+            commands += [f"addr add {self.ip4}/16 dev eth0", f"route add default via 10.{node.number}.0.254"]
         if self.ip6:
             commands += [
                 f"addr add {self.ip6}/64 dev eth0 nodad",
@@ -288,7 +288,7 @@ class Node:
             self.fd,
             "link add br0 type bridge",
             "link set br0 up",
-            f"addr add {self.ip4}/24 dev br0",
+            f"addr add {self.ip4}/16 dev br0",
             f"addr add {self.ip6}/64 dev br0 nodad",
         )
         self.puppets: list[Puppet] = []

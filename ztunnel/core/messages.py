@@ -143,7 +143,7 @@ class ConnectionEvent(msgspec.Struct, frozen=True, kw_only=True):
     source_identity: str = ""
     destination_identity: str = ""
     protocol: str = ""
-    """hbone or tcp: what this side of the connection travels in."""
+    """hbone or tcp: what this side of the connection travels in; kernel: ztunnel is not on its way."""
     sent: int = 0
     received: int = 0
     """As Istio counts them: bytes sent to and received from the destination."""

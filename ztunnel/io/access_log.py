@@ -70,6 +70,10 @@ def fields(event: ConnectionEvent, ends: Ends) -> dict[str, Value]:
         found["bytes_sent"] = event.sent
         found["bytes_recv"] = event.received
         found["duration"] = f"{round(event.duration_ms)}ms"
+    if event.protocol == "kernel":
+        found["connection_security_policy"] = "kernel"
+        if event.policy:
+            found["policy"] = event.policy
     if error:
         found["error"] = error
     return found

@@ -38,6 +38,7 @@ from ztunnel.io import access_log, logs
 from ztunnel.io.admin import Admin
 from ztunnel.io.certificates import Certificates, Create
 from ztunnel.io.dns import DnsProxy
+from ztunnel.io.kernel_flows import KernelFlows
 from ztunnel.io.metrics import Metrics, product_version
 from ztunnel.io.worker_link import WorkerLink
 
@@ -46,6 +47,8 @@ SWEEP_S: Final = 15.0
 FLUSH_S: Final = 5.0
 """How long a change may take to reach every worker before it is acknowledged regardless."""
 CONNECTIONS_S: Final = 3.0
+KERNEL: Final = -1
+"""In the place of a worker's serial: connections that the kernel authorized."""
 
 FromParent = node.PodPut | node.PodRemove | node.SnapshotSent | messages.WorkerChannel | messages.Draining | node.Ack
 OnChange = Callable[[World, Diff], Awaitable[None]]
@@ -76,6 +79,11 @@ class Control:
             upstream_requests=self._metrics.dns_upstream_requests,
             upstream_failures=self._metrics.dns_upstream_failures,
             upstream_seconds=self._metrics.dns_upstream_seconds,
+        )
+        self._flows = KernelFlows(
+            settings,
+            lambda events: self._record(KERNEL, messages.Events(events=tuple(events))),
+            lambda: (self._decisions.world, self._decisions.local),
         )
         self._admin = Admin(settings, self)
         self._names: Names | None = None
@@ -109,6 +117,7 @@ class Control:
         self._spawn(self._subscribe(self._settings, "ztunnel", self._changed, on_state=self._connected), "discovery")
         self._spawn(self._certificates.run(), "certificates")
         self._spawn(self._tick(), "clock")
+        self._spawn(self._flows.run(), "flows of the kernel")
         _log.info("control process ready for questions")
         await self._stop.wait()
         for task in self._tasks:
@@ -175,7 +184,9 @@ class Control:
         """Returns what went wrong, or nothing."""
         given = dict(zip(names, fds, strict=True))
         wanted = {name: fd for name, fd in given.items() if name.startswith("dns_")}
-        close_all(fd for name, fd in given.items() if name not in wanted)
+        close_all(fd for name, fd in given.items() if name not in wanted and name != node.NETNS)
+        if node.NETNS in given:
+            self._flows.put_pod(pod, given[node.NETNS])
         self._leaving.pop(pod.uid, None)
         try:
             await self._dns.put_pod(pod, wanted)
@@ -202,6 +213,7 @@ class Control:
 
     def _remove_pod(self, uid: str) -> None:
         self._leaving.pop(uid, None)
+        self._flows.remove_pod(uid)
         self._dns.remove_pod(uid)
         self._deliver(self._decisions.remove_pod(uid))
         self._certificates.remove_pod(uid)
@@ -394,7 +406,8 @@ class Control:
         }
 
     def metrics(self) -> bytes:
-        for source in (self._counters, self._decisions.counters, self._certificates.counters, self._dns.counters):
+        parts = (self._decisions, self._certificates, self._dns, self._flows)
+        for source in (self._counters, *(part.counters for part in parts)):
             prefix = f"{id(source)}:"
             deltas = {}
             for name, value in source.items():

@@ -63,6 +63,8 @@ LABELS: Final = (
     "destination_zone",
 )
 Labels = tuple[str, ...]
+SECURITY_POLICY: Final = {"hbone": "mutual_tls", "kernel": "kernel"}
+"""Of an event's protocol: a flow within the node is authorized by the kernel and not encrypted."""
 
 
 def product_version() -> str:
@@ -85,7 +87,7 @@ def labels_of(event: ConnectionEvent, ends: Ends) -> Labels:
         *_party(destination),
         "tcp",
         event.flags or "-",
-        "mutual_tls" if event.protocol == "hbone" else UNKNOWN,
+        SECURITY_POLICY.get(event.protocol, UNKNOWN),
         source.region,
         source.zone,
         destination.region,
