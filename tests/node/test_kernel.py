@@ -114,4 +114,4 @@ def test_a_cgroup_that_holds_the_pods_cannot_be_exempt(tmp_path: Path, monkeypat
             node_name="n", node_cgroup=str(tmp_path), pods_cgroup=str(pods), **{field: str(tmp_path)}
         )
         with pytest.raises(PlatformFault, match=field):
-            kernels._settings_value(settings, 0, 1)
+            kernels._settings_value(settings, SettingsValue())

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from ambient import ports
-from ambient.io.admin_client import ask_json
+from ambient.io.admin_client import ask, ask_json
 from ambient.io.bpf_maps import Maps
 from ambient.lab.driver import eventually
 from ambient.manifest.acceleration import ACCELERATION
@@ -100,6 +100,34 @@ def test_ztunnel_has_no_connection_of_it_and_tells_of_it_all_the_same(mesh: Mesh
         ((_, flow),) = maps.flows.items()
         assert flow.server.cookie and flow.client.cookie
     eventually(lambda: not len(maps.flows), 5, "the flow to end")
+
+
+def test_log_and_metrics_tell_of_a_flow_as_if_ztunnel_had_carried_it(mesh: Mesh, maps: Maps, pair: str) -> None:
+    text = "x" * 1000
+    found = mesh.call(pair, "a", mesh.vip(pair, "b"), 80, "--text", text)
+    assert found.get("echoed") == text
+    client = f"{found['local'][0]}:{found['local'][1]}"
+
+    def lines() -> list[str]:
+        return [x for x in mesh.log("node1").splitlines() if f"src.addr={client}" in x and "complete" in x]
+
+    eventually(lambda: len(lines()) >= 2, 10, "a line of either reporter")
+    assert len(lines()) == 2
+    for line, direction in zip(sorted(lines(), key=lambda x: "inbound" in x), ("outbound", "inbound"), strict=True):
+        assert f'direction="{direction}"' in line
+        assert 'connection_security_policy="kernel"' in line
+        assert f"bytes_sent={len(text)}" in line or f"bytes_sent={len(text) + 1}" in line, line
+        for end in ("src", "dst"):
+            assert f'{end}.identity="spiffe://{TRUST}/ns/{pair}/sa/' in line
+    text = ask(mesh.node_dir("node1") / "ztunnel.sock", "/metrics")
+    rows = [x for x in text.splitlines() if 'connection_security_policy="kernel"' in x and f'"{pair}"' in x]
+    for reporter in ("source", "destination"):
+        own = [x for x in rows if f'reporter="{reporter}"' in x]
+        opened, closed = (
+            sum(float(x.rpartition(" ")[2]) for x in own if x.startswith(f"istio_tcp_connections_{name}_total"))
+            for name in ("opened", "closed")
+        )
+        assert opened == closed >= 1
 
 
 def connections(mesh: Mesh) -> list[Any]:
