@@ -108,7 +108,7 @@ def test_a_cgroup_that_holds_the_pods_cannot_be_exempt(tmp_path: Path, monkeypat
     beside.mkdir()
     monkeypatch.setattr(kernels.cgroup, "of_pid", lambda pid: beside)
     fine = NodeSettings(node_name="n", node_cgroup=str(tmp_path), pods_cgroup=str(pods))
-    assert kernels._settings_value(fine, 0, 1).exempt_cgroups == (beside.stat().st_ino,)
+    assert kernels._settings_value(fine, SettingsValue()).exempt_cgroups == (beside.stat().st_ino,)
     for field in ("ztunnel_cgroup", "agent_cgroup"):
         settings = NodeSettings(
             node_name="n", node_cgroup=str(tmp_path), pods_cgroup=str(pods), **{field: str(tmp_path)}
