@@ -12,11 +12,20 @@ from urllib.parse import urlencode
 
 import click
 
+from ambient.cli.maps import read_names
 from ambient.cli.output import emit, output_option
 from ambient.cli.target import Target, find_nodes, target_options
+from ambient.datapath.decide import Candidate
 from ambient.datapath.explain import SETTINGS_MISSING, Facts, Kernel, Outcome, Source, explain, touching
 from ambient.datapath.layout import LAYOUT
-from ambient.datapath.values import ServiceKey, address_bytes, address_text
+from ambient.datapath.values import (
+    EndpointKey,
+    ServiceKey,
+    ServiceValue,
+    VerdictKey,
+    address_bytes,
+    address_text,
+)
 from ambient.errors import ConfigFault, PlatformFault
 from ambient.io.admin_client import ask_json
 from ambient.io.bpf_maps import Maps
@@ -101,13 +110,40 @@ def _of_family(addresses: list[str], family: int) -> str:
 
 def _kernel(node: NodeSettings, cookie: int, address: str, port: int) -> Kernel:
     with Maps.open(node.bpffs_dir) as maps:
+        enrolled = maps.enrolled.get(cookie) if cookie else None
+        service = maps.services.get(ServiceKey(address, port))
         return Kernel(
             settings=maps.settings or SETTINGS_MISSING,
             now_ns=time.monotonic_ns(),
-            enrolled=maps.enrolled.get(cookie) if cookie else None,
+            enrolled=enrolled,
             workload=maps.workloads.get(address),
-            service=maps.services.get(ServiceKey(address, port)),
+            service=service,
+            candidates=_candidates(maps, enrolled.identity, service, address, port) if enrolled else (),
+            policies=read_names(node, maps).policies,
         )
+
+
+def _candidates(
+    maps: Maps, identity: int, service: ServiceValue | None, address: str, port: int
+) -> tuple[Candidate, ...]:
+    """What the connect hook could choose: a slot of the service, or the pod itself."""
+    ends = [(address, port, 0)]
+    if service is not None:
+        if service.flags & LAYOUT["WORKLOAD_WAYPOINT"]:
+            return ()
+        slots = [maps.endpoints.get(EndpointKey(service.service, port, slot)) for slot in range(service.endpoints)]
+        six = ":" in address
+        ends = [(s.address6 if six else s.address4, s.port, s.workload) for s in slots if s is not None]
+    found = []
+    for where, number, wanted in ends:
+        workload = maps.workloads.get(where) if where else None
+        verdict = None
+        if identity and workload is not None:
+            verdict = maps.verdicts.get(VerdictKey(identity, workload.workload, number))
+            verdict = verdict or maps.verdicts.get(VerdictKey(identity, workload.workload, 0))
+        if where:
+            found.append(Candidate(where, number, workload, verdict, wanted))
+    return tuple(found)
 
 
 def _ask_why(node: NodeSettings, **query: Any) -> Row | None:

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Final
 
 from ambient.datapath.layout import LAYOUT
-from ambient.datapath.values import Range, SettingsValue, WorkloadValue, address_bytes
+from ambient.datapath.values import EnrolledValue, Range, SettingsValue, VerdictValue, WorkloadValue, address_bytes
 
 ENROLLED: Final = LAYOUT["WORKLOAD_ENROLLED"]
 LOCAL: Final = LAYOUT["WORKLOAD_LOCAL"]
@@ -78,6 +78,66 @@ def decide_outbound(out: Outbound, settings: SettingsValue) -> int:
     if not out.workload_known and out.in_cluster:
         return _REASON["REASON_CAPTURED"]
     return _REASON["REASON_NOT_MESH"]
+
+
+def agreed_acceleration(enrolled_flags: int, workload_flags: int, capabilities: int) -> int:
+    """The stricter of what both ends of a connection within the node want: ACCELERATION_*."""
+    off, direct, redirect = (LAYOUT[f"ACCELERATION_{word}"] for word in ("OFF", "DIRECT", "REDIRECT"))
+    ours = {word: enrolled_flags & LAYOUT[f"ENROLLED_{word}"] for word in ("OFF", "DIRECT", "REDIRECT")}
+    theirs = {word: workload_flags & LAYOUT[f"WORKLOAD_{word}"] for word in ("OFF", "DIRECT", "REDIRECT")}
+    if ours["OFF"] or theirs["OFF"]:
+        return off
+    if not (ours["DIRECT"] or ours["REDIRECT"]) or not (theirs["DIRECT"] or theirs["REDIRECT"]):
+        return off
+    if ours["DIRECT"] or theirs["DIRECT"]:
+        return direct
+    return redirect if capabilities & LAYOUT["CAN_REDIRECT"] else direct
+
+
+def is_same_node(workload: WorkloadValue) -> bool:
+    """Whether a connection to this workload can be the kernel's to decide at all."""
+    return workload.flags & (ENROLLED | LOCAL | WAYPOINT) == ENROLLED | LOCAL
+
+
+def judge(verdict: VerdictValue | None, generation: int) -> int:
+    """What a verdict says of a connection to a workload that policies select: enum reason, KERNEL allows."""
+    if verdict is None:
+        return _REASON["REASON_NO_VERDICT"]
+    if not generation or verdict.generation != generation:
+        return _REASON["REASON_STALE_VERDICT"]
+    return _REASON["REASON_KERNEL" if verdict.allow else "REASON_VERDICT_DENIES"]
+
+
+@dataclass(frozen=True, slots=True)
+class Candidate:
+    """An endpoint the connect hook may choose, and what it finds there. ``workload`` None: no entry for the address;
+    ``wanted`` is the workload that `endpoints` names, 0 where the pod itself was dialled."""
+
+    address: str
+    port: int
+    workload: WorkloadValue | None
+    verdict: VerdictValue | None = None
+    """The port's, else the one for all ports; None without either or without an identity."""
+    wanted: int = 0
+
+
+def same_node(pod: EnrolledValue, candidate: Candidate, settings: SettingsValue) -> tuple[int, int]:
+    """What bpf/common.c's function of this name makes of one candidate: enum reason and ACCELERATION_*.
+
+    REASON_KERNEL: the connection goes straight there. Any other reason: to ztunnel, REASON_CAPTURED being the one that
+    is not counted for itself.
+    """
+    captured, workload = _REASON["REASON_CAPTURED"], candidate.workload
+    if workload is None or not is_same_node(workload) or not settings.complete or candidate.port in _GUARDED:
+        return captured, LAYOUT["ACCELERATION_OFF"]
+    if candidate.wanted and workload.workload != candidate.wanted:
+        return captured, LAYOUT["ACCELERATION_OFF"]
+    agreed = agreed_acceleration(pod.flags, workload.flags, settings.acceleration)
+    if agreed == LAYOUT["ACCELERATION_OFF"]:
+        return _REASON["REASON_ACCELERATION_OFF"], agreed
+    if workload.flags & LAYOUT["WORKLOAD_ALLOW_ANY"]:
+        return _REASON["REASON_KERNEL"], agreed
+    return judge(candidate.verdict, workload.generation), agreed
 
 
 def inbound_bypassed(local: WorkloadValue | None, settings: SettingsValue, now_ns: int) -> bool:

@@ -53,6 +53,10 @@ class Kernel:
     enrolled: EnrolledValue | None = None
     workload: WorkloadValue | None = None
     service: ServiceValue | None = None
+    candidates: tuple[decide.Candidate, ...] = ()
+    """What the connect hook could choose: the usable slots of the service, or the pod that was dialled."""
+    policies: Mapping[int, str] = field(default_factory=dict)
+    """Names of the node-local numbers of policies."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,7 +119,16 @@ def explain(facts: Facts) -> Outcome:
         return _plaintext(steps, facts)
     if reason not in ("captured", "not_synced"):
         return steps.outcome("refused", False, f"{reason}: {_MEANING.get(reason, reason)}")
-    return _through_ztunnel(steps, facts)
+    chosen = _same_node(steps, facts) if reason == "captured" else {}
+    if not chosen or "ztunnel" in chosen:
+        through = _through_ztunnel(steps, facts)
+        if not chosen or len(chosen) == 1:
+            return through
+        return through if through.allowed is False else steps.outcome("ztunnel", through.allowed, _mixed(chosen))
+    path = min(chosen, key=("direct", "redirect").index)
+    ends = ", ".join(chosen[path][:5])
+    detail = f"authorized in the kernel, straight to {ends}"
+    return steps.outcome(path, True, detail if len(chosen) == 1 else _mixed(chosen))
 
 
 def _connect(steps: _Steps, facts: Facts) -> str:
@@ -143,6 +156,56 @@ def _connect(steps: _Steps, facts: Facts) -> str:
     what = " and ".join(known) or ("unknown address inside the cluster" if out.in_cluster else "unknown address")
     steps.add("connect", f"{facts.source.node} kernel", reason, f"{what}; {_MEANING.get(reason, '')}".strip("; "))
     return reason
+
+
+def _same_node(steps: _Steps, facts: Facts) -> dict[str, list[str]]:
+    """The connect hook's second decision, for each endpoint it may choose: path -> endpoints. Empty: nothing to choose
+    from, ztunnel does."""
+    kernel, enrolled = facts.kernel, facts.kernel.enrolled
+    assert enrolled is not None
+    names = {LAYOUT["ACCELERATION_DIRECT"]: "direct", LAYOUT["ACCELERATION_REDIRECT"]: "redirect"}
+    chosen: dict[str, list[str]] = {}
+    for candidate in dict.fromkeys(kernel.candidates):
+        number, agreed = decide.same_node(enrolled, candidate, kernel.settings)
+        reason = reason_name(number)
+        end = socket_text(candidate.address, candidate.port)
+        path = names[agreed] if reason == "kernel" else "ztunnel"
+        chosen.setdefault(path, []).append(end)
+        why = _SAME_NODE.get(reason, reason)
+        if candidate.verdict is not None and candidate.verdict.policy:
+            why += f"; policy {kernel.policies.get(candidate.verdict.policy, candidate.verdict.policy)}"
+        if reason == "captured":
+            why = _not_here(candidate, kernel.settings)
+        steps.add("same node", f"{facts.source.node} kernel", f"{end}: {reason}, {path}", why)
+    return chosen
+
+
+_SAME_NODE = {
+    "kernel": "both ends are enrolled on this node, and the connection is allowed",
+    "no_verdict": "policies select the destination and no verdict is written for this identity: ztunnel decides",
+    "stale_verdict": "the verdict is of an earlier generation of the destination: ztunnel decides",
+    "verdict_denies": "the verdict denies: ztunnel refuses and logs it",
+    "acceleration_off": "one of the two ends wants ztunnel (ambient.mesh/acceleration: off)",
+}
+
+
+def _not_here(candidate: decide.Candidate, settings: SettingsValue) -> str:
+    workload = candidate.workload
+    if workload is None:
+        return "the kernel knows no workload there"
+    if not settings.complete:
+        return "the kernel does not hold the whole World"
+    if workload.flags & decide.WAYPOINT:
+        return "the destination has a waypoint"
+    if not workload.flags & decide.LOCAL:
+        return "the destination runs on another node"
+    if not workload.flags & decide.ENROLLED:
+        return "the destination is not enrolled"
+    return "the address has another owner by now, or the port belongs to the mesh"
+
+
+def _mixed(chosen: Mapping[str, Sequence[str]]) -> str:
+    return "by the endpoint chosen: " + "; ".join(f"{path} to {', '.join(ends[:5])}" for path, ends in chosen.items())
 
 
 def _plaintext(steps: _Steps, facts: Facts) -> Outcome:

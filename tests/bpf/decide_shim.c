@@ -22,3 +22,6 @@ void call_effective_target(const struct address *t, const struct address *s, str
 	*out = effective_target(t, s);
 }
 void call_loopback_for(const struct address *a, struct address *out) { *out = loopback_for(a); }
+int call_agreed_acceleration(__u32 ours, __u32 theirs, __u32 can) { return agreed_acceleration(ours, theirs, can); }
+int call_is_same_node(const struct workload_value *w) { return is_same_node(w); }
+int call_judge(const struct verdict_value *v, __u64 generation) { return judge(v, generation); }

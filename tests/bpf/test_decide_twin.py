@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from ambient.datapath import decide as twin
 from ambient.datapath.layout import LAYOUT
-from ambient.datapath.values import Range, SettingsValue, WorkloadValue, address_bytes, network_range
+from ambient.datapath.values import Range, SettingsValue, VerdictValue, WorkloadValue, address_bytes, network_range
 from tests.bpf.test_decide import CLASSES, Outbound, decide  # noqa: F401 - the fixture
 
 NOW = 10**12
@@ -87,3 +87,25 @@ def test_ranges_hold_the_same_addresses(decide, address, base, prefix) -> None: 
     span.base = CLASSES["address"].from_buffer_copy(address_bytes(base))
     span.prefix = prefix
     assert twin.address_in_range(address, Range(base, prefix)) is bool(decide.call_in_range(ours, ctypes.byref(span)))
+
+
+@settings(max_examples=400, deadline=None)
+@given(ours=flags, theirs=flags, capabilities=st.integers(0, 3))
+def test_acceleration_is_agreed_alike(decide, ours, theirs, capabilities) -> None:  # noqa: F811
+    assert twin.agreed_acceleration(ours, theirs, capabilities) == decide.call_agreed_acceleration(
+        ours, theirs, capabilities
+    )
+
+
+generations = st.sampled_from((0, 1, 2))
+verdicts = st.builds(VerdictValue, generation=generations, allow=st.integers(0, 1), policy=st.integers(0, 1))
+
+
+@settings(max_examples=150, deadline=None)
+@given(bits=flags, verdict=st.none() | verdicts, generation=generations)
+def test_connections_within_the_node_are_judged_alike(decide, bits, verdict, generation) -> None:  # noqa: F811
+    value = WorkloadValue(1, bits, 1)
+    raw = ctypes.byref(CLASSES["workload_value"].from_buffer_copy(value.encode()))
+    assert twin.is_same_node(value) is bool(decide.call_is_same_node(raw))
+    raw = None if verdict is None else ctypes.byref(CLASSES["verdict_value"].from_buffer_copy(verdict.encode()))
+    assert twin.judge(verdict, generation) == decide.call_judge(raw, ctypes.c_uint64(generation))

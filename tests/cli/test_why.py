@@ -8,9 +8,10 @@ from typing import Any
 import pytest
 
 from ambient.cli.why import find_source, resolve, split_destination
+from ambient.datapath.decide import Candidate
 from ambient.datapath.explain import Facts, Kernel, Source, explain, touching
 from ambient.datapath.layout import LAYOUT
-from ambient.datapath.values import EnrolledValue, ServiceValue, SettingsValue, WorkloadValue
+from ambient.datapath.values import EnrolledValue, ServiceValue, SettingsValue, VerdictValue, WorkloadValue
 from ambient.errors import ConfigFault
 
 NOW = 10**12
@@ -115,6 +116,66 @@ def test_a_pod_outside_the_mesh_meets_the_destinations_ztunnel_in_plaintext() ->
     workload = WorkloadValue(2, ENROLLED | LAYOUT["WORKLOAD_BYPASS"], 5)
     assert ended(replace(facts, there=replace(outside, workload=workload))) == ("plain", True)
     assert ended(replace(facts, kernel=replace(outside, workload=workload), there=outside)) == ("refused", False)
+
+
+DIRECT = LAYOUT["ENROLLED_DIRECT"], LAYOUT["WORKLOAD_DIRECT"]
+REDIRECT = LAYOUT["ENROLLED_REDIRECT"], LAYOUT["WORKLOAD_REDIRECT"]
+HERE = ENROLLED | LAYOUT["WORKLOAD_LOCAL"]
+
+
+def within(
+    ours: int, theirs: int, verdict: VerdictValue | None = None, can: int = 0, generation: int = 5
+) -> tuple[Facts, Candidate]:
+    there = WorkloadValue(2, HERE | theirs, generation)
+    candidate = Candidate("10.0.1.2", 8080, there, verdict)
+    enrolled = EnrolledValue("10.0.0.1", "", 1, flags=ours, identity=9)
+    held = replace(
+        KERNEL,
+        enrolled=enrolled,
+        workload=there,
+        candidates=(candidate,),
+        policies={4: "shop/p"},
+        settings=replace(SETTINGS, acceleration=can),
+    )
+    return replace(FACTS, kernel=held), candidate
+
+
+ANY = LAYOUT["WORKLOAD_ALLOW_ANY"]
+
+
+@pytest.mark.parametrize(
+    ("facts", "path", "reason"),
+    [
+        (within(DIRECT[0], DIRECT[1] | ANY), "direct", "kernel"),
+        (within(REDIRECT[0], REDIRECT[1] | ANY, can=1), "redirect", "kernel"),
+        (within(REDIRECT[0], REDIRECT[1] | ANY), "direct", "kernel"),  # this kernel cannot
+        (within(REDIRECT[0], DIRECT[1] | ANY, can=1), "direct", "kernel"),  # the stricter wins
+        (within(DIRECT[0], LAYOUT["WORKLOAD_OFF"] | ANY), "ztunnel", "acceleration_off"),
+        (within(DIRECT[0], DIRECT[1]), "ztunnel", "no_verdict"),
+        (within(DIRECT[0], DIRECT[1], VerdictValue(5, 1, 4)), "direct", "kernel"),
+        (within(DIRECT[0], DIRECT[1], VerdictValue(4, 1, 4)), "ztunnel", "stale_verdict"),
+        (within(DIRECT[0], DIRECT[1], VerdictValue(5, 0, 4)), "ztunnel", "verdict_denies"),
+        (within(DIRECT[0], DIRECT[1] | LAYOUT["WORKLOAD_WAYPOINT"] | ANY), "ztunnel", "captured"),
+    ],
+)
+def test_the_path_within_a_node_is_that_of_verdict_and_acceleration(
+    facts: tuple[Facts, Candidate], path: str, reason: str
+) -> None:
+    outcome = explain(facts[0])
+    (step,) = [row for row in outcome.steps if row["step"] == "same node"]
+    assert step["result"] == f"10.0.1.2:8080: {reason}, {path}"
+    assert (outcome.path, outcome.allowed) == (path, True)
+    assert ("shop/p" in step["why"]) is (facts[1].verdict is not None)
+
+
+def test_a_service_with_endpoints_here_and_elsewhere_goes_both_ways() -> None:
+    facts, here = within(DIRECT[0], DIRECT[1] | ANY)
+    away = Candidate("10.0.2.2", 8080, WorkloadValue(3, ENROLLED, 5))
+    mixed = replace(facts, kernel=replace(facts.kernel, candidates=(here, away, here)))
+    outcome = explain(mixed)
+    assert (outcome.path, outcome.allowed) == ("ztunnel", True)
+    assert "direct to 10.0.1.2:8080" in outcome.detail and "ztunnel to 10.0.2.2:8080" in outcome.detail
+    assert len([row for row in outcome.steps if row["step"] == "same node"]) == 2
 
 
 def test_drift_is_told_as_what_the_kernel_holds_and_the_control_plane_says() -> None:
