@@ -6,7 +6,10 @@ seen twice, once by each: as Outbound and as Inbound.
 
 from __future__ import annotations
 
+import json
+import os
 import time
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +22,10 @@ from ambient.cli.target import Target, find_nodes, target_options
 from ambient.cli.watch import Rates, show, ticks, watch_options
 from ambient.datapath import render
 from ambient.errors import PlatformFault
+from ambient.io import netns
 from ambient.io.admin_client import ask_json
 from ambient.io.bpf_maps import Maps
+from ambient.io.flow_reader import FlowReader
 from ambient.settings import NodeSettings
 
 Row = dict[str, Any]
@@ -58,8 +63,8 @@ def service_name(host: str) -> str:
     return f"{namespace}/{name}" if separator and "." not in namespace else host
 
 
-def kernel_row(row: Row) -> Row:
-    """A row of the map `flows` as one of all connections. Native bytes are known to the map once an end has closed."""
+def kernel_row(row: Row, sent: int, received: int) -> Row:
+    """A row of the map `flows` as one of all connections; bytes as the client's socket has them, -1 if unknown."""
     redirected = row["sent_redirected"] + row["received_redirected"]
     return {
         "path": "redirect" if redirected else "direct",
@@ -69,8 +74,8 @@ def kernel_row(row: Row) -> Row:
         "server": row["server"],
         "original": row["original"],
         "service": "",
-        "sent": row["sent_redirected"] + row["sent_native"],
-        "received": row["received_redirected"] + row["received_native"],
+        "sent": sent if sent >= 0 else None,
+        "received": received if received >= 0 else None,
         "redirected": redirected,
         "age_s": row["age_s"],
         "identity": row["identity"],
@@ -83,13 +88,34 @@ def kernel_row(row: Row) -> Row:
 
 
 def kernel_flows(node: NodeSettings) -> list[Row]:
-    """Of one node; none where the programs have no kernel path."""
-    with Maps.open(node.bpffs_dir) as maps:
-        held: Any = getattr(maps, "flows", None)
-        shown: Any = getattr(render, "flows", None)
-        if held is None or shown is None:
-            return []
-        return [kernel_row(row) for row in shown(held.items(), read_names(node, maps), time.monotonic_ns())]
+    """Of one node: the map's entries, with their sockets asked for native bytes."""
+    with Maps.open(node.bpffs_dir) as maps, ExitStack() as stack:
+        spaces = _namespaces(node, stack)
+        names = read_names(node, maps)
+        now_ns = time.monotonic_ns()
+        rows = []
+        for flow in FlowReader(maps).live(spaces.get):
+            (row,) = render.flows([(flow.key, flow.value)], names, now_ns)
+            rows.append(kernel_row(row, flow.sent, flow.received))
+        return rows
+
+
+def _namespaces(node: NodeSettings, stack: ExitStack) -> dict[int, int]:
+    """Cookie -> descriptor of the namespaces of this node's pods, as far as the agent's memory leads to them."""
+    found: dict[int, int] = {}
+    try:
+        pods = json.loads((Path(node.run_dir) / "agent.json").read_text())["pods"]
+    except (OSError, ValueError, KeyError):
+        return found
+    for pod in pods:
+        try:
+            fd = netns.open_netns(pod["netns_path"]) if pod.get("in_mesh") and pod.get("netns_path") else -1
+            if fd >= 0:
+                stack.callback(os.close, fd)
+                found[netns.netns_cookie(fd)] = fd
+        except (PlatformFault, KeyError, TypeError):
+            continue  # gone meanwhile
+    return found
 
 
 def look(nodes: tuple[NodeSettings, ...], only: Filter, path: str | None) -> list[Row]:
@@ -113,7 +139,9 @@ def with_rates(rates: Rates, now: float, rows: list[Row]) -> list[Row]:
         {
             **row,
             "bytes_s": rates.number(
-                (row["node"], row["direction"], row["client"], row["server"]), now, row["sent"] + row["received"]
+                (row["node"], row["direction"], row["client"], row["server"]),
+                now,
+                (row["sent"] or 0) + (row["received"] or 0),
             ),
         }
         for row in rows

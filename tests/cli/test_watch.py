@@ -120,12 +120,13 @@ def test_a_connection_of_ztunnel_is_seen_from_its_source_on_both_sides() -> None
 
 
 def test_a_kernel_flow_is_redirect_once_bytes_were_redirected() -> None:
-    row = dict.fromkeys(("source", "destination", "client", "server", "original", "identity", "policy", "state"), "x")
-    numbers = {"sent_native": 5, "sent_redirected": 0, "received_native": 7, "received_redirected": 0, "age_s": 2.0}
-    direct = kernel_row({**row, **numbers, "acceleration": "redirect"})
+    row = dict.fromkeys(
+        ("source", "destination", "client", "server", "original", "identity", "policy", "state", "acceleration"), "x"
+    )
+    direct = kernel_row({**row, "sent_redirected": 0, "received_redirected": 0, "age_s": 2.0}, 5, 7)
     assert (direct["path"], direct["sent"], direct["received"]) == ("direct", 5, 7)
-    moved = kernel_row({**row, **numbers, "received_redirected": 3, "acceleration": "redirect"})
-    assert (moved["path"], moved["received"], moved["redirected"]) == ("redirect", 10, 3)
+    moved = kernel_row({**row, "sent_redirected": 0, "received_redirected": 3, "age_s": 2.0}, -1, 10)
+    assert (moved["path"], moved["sent"], moved["received"], moved["redirected"]) == ("redirect", None, 10, 3)
 
 
 def test_watched_flows_have_bytes_per_second() -> None:
