@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from dataclasses import replace
 
 import pytest
 
+from ambient.datapath.values import WorkloadValue
+from ambient.io.bpf_maps import Maps
 from ambient.lab.driver import eventually
-from tests.support.mesh import APPS, PORT, Mesh, pod, service
+from tests.support.mesh import APPS, PORT, Mesh, authorization, pod, service
 
 pytestmark = [pytest.mark.lab, pytest.mark.net]
 
@@ -17,7 +20,7 @@ SECRET = "plain-to-see-48151623"
 
 @pytest.fixture(scope="module")
 def shop(mesh: Mesh) -> Iterator[str]:
-    with mesh.namespace(pod("a", "node1"), pod("b", "node2"), pod("c", "node1"), service("b")) as name:
+    with mesh.namespace(pod("a", "node1"), pod("b", "node2"), pod("c", "node1"), service("b"), service("c")) as name:
         yield name
 
 
@@ -85,9 +88,6 @@ def test_watching_counters_shows_how_fast_they_grow(mesh: Mesh, shop: str) -> No
 
 
 def test_diff_is_clean_finds_what_was_changed_and_repairs_it(mesh: Mesh, shop: str) -> None:
-    from ambient.datapath.values import WorkloadValue
-    from ambient.io.bpf_maps import Maps
-
     eventually(lambda: ambient(mesh, "diff", check=False) == [], 15, "the kernel to hold what it should")
     address = mesh.address(shop, "b")
     with Maps.open(str(mesh.lab.bpffs / "node1")) as maps:
@@ -100,3 +100,34 @@ def test_diff_is_clean_finds_what_was_changed_and_repairs_it(mesh: Mesh, shop: s
         assert row["repaired"] and maps.workloads[address] == right
     assert ambient(mesh, "diff") == []
     assert mesh.call(shop, "a", address, PORT).get("echoed") == "hello"
+
+
+def test_a_held_connection_within_the_node_is_shown_as_direct_with_its_bytes(mesh: Mesh, shop: str) -> None:
+    command = ["python3", str(APPS / "call.py"), "--hold", mesh.vip(shop, "c"), "80"]
+    with mesh.background(shop, "a", *command) as held:
+        held.await_output("{")
+        (row,) = eventually(lambda: ambient(mesh, "flows", "--pod", f"{shop}/c"), 5, "the flow")
+        assert (row["path"], row["source"], row["destination"]) == ("direct", f"{shop}/a", f"{shop}/c")
+        assert row["original"] == f"{mesh.vip(shop, 'c')}:80" and str(row["identity"]).endswith(f"/ns/{shop}/sa/a")
+        assert row["sent"] and row["received"] and row["redirected"] == 0
+    eventually(lambda: not ambient(mesh, "flows", "--pod", f"{shop}/c"), 10, "the flow to go")
+
+
+def test_a_verdict_that_was_changed_is_drift_and_is_repaired(mesh: Mesh, shop: str) -> None:
+    mesh.apply(shop, authorization("only-a", "ALLOW", "c", f"cluster.local/ns/{shop}/sa/a"))
+    mesh.await_policy("node1", f"{shop}/only-a")
+
+    def verdicts() -> list[dict[str, object]]:
+        return ambient(mesh, "maps", "verdicts", "--pod", f"{shop}/c", "--node", "node1")
+
+    eventually(lambda: any(r["verdict"] == "allow" for r in verdicts()), 10, "the verdict")
+    eventually(lambda: ambient(mesh, "diff", check=False) == [], 10, "the kernel to hold what it should")
+    with Maps.open(str(mesh.lab.bpffs / "node1")) as maps:
+        key, right = next((k, v) for k, v in maps.verdicts.items() if v.allow)
+        maps.verdicts[key] = replace(right, allow=0)
+        (row,) = ambient(mesh, "diff", check=False)
+        assert (row["map"], row["drift"]) == ("verdicts", "differs")
+        (row,) = ambient(mesh, "diff", "--repair")
+        assert row["repaired"]
+        assert ambient(mesh, "diff") == []
+    mesh.remove(shop, "authorizationpolicy", "only-a")

@@ -18,7 +18,7 @@ pytestmark = [pytest.mark.lab, pytest.mark.net]
 
 @pytest.fixture(scope="module")
 def shop(mesh: Mesh) -> Iterator[str]:
-    with mesh.namespace(pod("a", "node1"), pod("b", "node2"), service("b")) as name:
+    with mesh.namespace(pod("a", "node1"), pod("b", "node2"), pod("c", "node1"), service("b"), service("c")) as name:
         yield name
 
 
@@ -104,3 +104,38 @@ def test_bypass_and_the_exit_code(mesh: Mesh, shop: str) -> None:
         mesh.ambient("why", f"{shop}/a", "b:9999", "--lab", mesh.lab.name)
     table = mesh.ambient("why", f"{shop}/a", "b:80", "--lab", mesh.lab.name)
     assert "STEP" in table and "ztunnel" in table.splitlines()[-1]
+
+
+def taken(mesh: Mesh, shop: str, host: str, port: int) -> str:
+    """Make one connection from a: which of the two paths the kernel counted it on."""
+    with Maps.open(str(mesh.lab.bpffs / "node1")) as maps:
+        before = maps.counters()
+        assert goes(mesh, shop, "a", host, port)
+        after = maps.counters()
+    grown = [name for name in ("kernel", "captured") if after.get(name, 0) > before.get(name, 0)]
+    return {"kernel": "direct", "captured": "ztunnel"}["+".join(grown)]
+
+
+def test_the_path_within_a_node_is_foretold_and_taken(mesh: Mesh, shop: str) -> None:
+    vip, address = mesh.vip(shop, "c"), mesh.address(shop, "c")
+
+    def foretold(path: str, host: str = "c:80") -> bool:
+        return bool(why(mesh, f"{shop}/a", host)[0]["path"] == path)
+
+    for host, port in ((vip, 80), (address, PORT)):
+        eventually(lambda to=f"{host}:{port}": foretold("direct", to), 10, "the kernel path")  # type: ignore[misc]
+        assert taken(mesh, shop, host, port) == "direct"
+    mesh.kubectl("annotate", "namespace", shop, "ambient.mesh/acceleration=off")
+    eventually(lambda: foretold("ztunnel"), 10, "the annotation to be heeded")
+    _, rows = why(mesh, f"{shop}/a", "c:80")
+    assert any(r["step"] == "same node" and "acceleration_off" in r["result"] for r in rows)
+    assert taken(mesh, shop, vip, 80) == "ztunnel"
+    mesh.kubectl("annotate", "namespace", shop, "ambient.mesh/acceleration-")
+    eventually(lambda: foretold("direct"), 10, "the kernel path again")
+    mesh.apply(shop, authorization("no-a", "DENY", "c", f"cluster.local/ns/{shop}/sa/a"))
+    eventually(lambda: foretold("refused"), 15, "the denial")
+    path, rows = why(mesh, f"{shop}/a", "c:80")
+    assert any(r["step"] == "same node" and "verdict_denies" in r["result"] and "no-a" in r["why"] for r in rows)
+    assert f"{shop}/no-a" in path["detail"] and not goes(mesh, shop, "a", vip, 80)
+    mesh.remove(shop, "authorizationpolicy", "no-a")
+    eventually(lambda: foretold("direct"), 15, "the kernel path after the denial is gone")
