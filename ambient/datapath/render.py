@@ -286,8 +286,8 @@ def settings(value: v.SettingsValue | None, now_ns: int) -> list[Row]:
 
 def capability_names(bits: int) -> tuple[str, ...]:
     """What the self-tests found: of settings.acceleration."""
-    known = {LAYOUT["CAN_REDIRECT"]: "can_redirect", LAYOUT["AUTO_REDIRECT"]: "auto_redirect"}
-    return tuple(name for bit, name in known.items() if bits & bit)
+    names = ("CAN_REDIRECT", "AUTO_REDIRECT", "DRAINING", "NO_OFFSETS", "NO_CHARGE", "NO_PROGRAMS", "ULP_ALLOWED")
+    return tuple(name.lower() for name in names if bits & LAYOUT[name])
 
 
 def range_text(value: v.Range) -> str:

@@ -331,6 +331,15 @@ class Table:
             done = struct.unpack_from("=I", raw, 32)[0]
             raise BpfFault(f"map {self.name}: {done} of {count} entries done, limit {self.info.max_entries}", -result)
 
+    def holds_any(self) -> bool:
+        """Whether there is any entry."""
+        attr = ctypes.create_string_buffer(self._attr_next.raw, 32)
+        struct.pack_into("=Q", attr, 8, 0)
+        result = call(MAP_GET_NEXT_KEY, attr, 32)
+        if result in (0, -errno.ENOENT):
+            return result == 0
+        raise BpfFault(f"map {self.name}: list", -result)
+
     def list_keys(self) -> list[bytes]:
         """All keys, as of about now: entries that come and go meanwhile may be missed or listed."""
         keys: dict[bytes, None] = {}

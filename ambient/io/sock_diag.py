@@ -25,6 +25,8 @@ SOCK_DESTROY: Final = 21
 _REQUEST, _ACK, _DUMP = 1, 4, 0x300
 _NLMSG_ERROR, _NLMSG_DONE = 2, 3
 _INET_DIAG_INFO: Final = 2
+_INET_DIAG_SKMEMINFO: Final = 7
+_WANTED: Final = 1 << (_INET_DIAG_INFO - 1) | 1 << (_INET_DIAG_SKMEMINFO - 1)
 _ALIVE: Final = 0xFFF & ~(1 << 6 | 1 << 7 | 1 << 10)
 """States but for TIME_WAIT, CLOSE and LISTEN."""
 _BYTES_AT: Final = 120
@@ -45,6 +47,8 @@ class TcpSocket:
     cookie: int
     sent: int
     received: int
+    held: int = -1
+    """sk_rmem_alloc: what it holds unread, redirected bytes included; -1 if the kernel did not say."""
 
 
 def open_diag(netns_fd: int) -> socket.socket:
@@ -57,7 +61,7 @@ def open_diag(netns_fd: int) -> socket.socket:
 def dump(sock: socket.socket) -> Iterator[TcpSocket]:
     """All connected TCP sockets. Raises OSError, PlatformFault if the kernel refuses."""
     for family in (socket.AF_INET, socket.AF_INET6):
-        body = struct.pack("=BBBBI", family, socket.IPPROTO_TCP, 1 << (_INET_DIAG_INFO - 1), 0, _ALIVE) + bytes(48)
+        body = struct.pack("=BBBBI", family, socket.IPPROTO_TCP, _WANTED, 0, _ALIVE) + bytes(48)
         sock.send(struct.pack("=IHHII", 16 + len(body), SOCK_DIAG_BY_FAMILY, _REQUEST | _DUMP, family, 0) + body)
         done = False
         while not done:
@@ -112,6 +116,7 @@ def _socket(payload: bytes) -> TcpSocket:
     size = 4 if family == socket.AF_INET else 16
     ends = [str(fold(parse_ip(socket.inet_ntop(family, payload[at : at + size])))) for at in (8, 24)]
     sent = received = 0
+    held = -1
     offset = 72
     while offset + 4 <= len(payload):
         length, kind = struct.unpack_from("=HH", payload, offset)
@@ -119,5 +124,7 @@ def _socket(payload: bytes) -> TcpSocket:
             break
         if kind == _INET_DIAG_INFO and length >= 4 + _BYTES_AT + 16:
             sent, received = struct.unpack_from("=QQ", payload, offset + 4 + _BYTES_AT)
+        elif kind == _INET_DIAG_SKMEMINFO and length >= 8:
+            held = struct.unpack_from("=I", payload, offset + 4)[0]
         offset += (length + 3) & ~3
-    return TcpSocket(family, state, ends[0], local_port, ends[1], remote_port, cookie, sent, received)
+    return TcpSocket(family, state, ends[0], local_port, ends[1], remote_port, cookie, sent, received, held)

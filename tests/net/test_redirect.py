@@ -1,0 +1,342 @@
+"""Messages moved from socket to socket: every byte in order, bounds kept, nothing left behind.
+
+Two pods of a node, their flows authorized in the kernel, through the real programs. Redirection's own decisions are
+asserted from the kernel's account of each flow: a test in which nothing was redirected fails.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import socket
+import struct
+import subprocess
+import threading
+import time
+from pathlib import Path
+
+import pytest
+
+from ambient.datapath.layout import LAYOUT
+from ambient.io import bpf_drain, bpf_links, bpf_tc
+from ambient.io.bpf_maps import Maps
+from ambient.node.redirection import Redirection
+from tests.support.netlab import run_ip, until
+from tests.support.redirect import CAN, REDIRECT, WANTS, Duplex, Held, enrol, fill, held_bytes, read
+from tests.support.require import require
+
+pytestmark = [pytest.mark.net, pytest.mark.bpf]
+
+HIGH = 262144
+"""2 x the receive buffer of a fresh socket, which is less than REDIRECT_HIGH_BYTES."""
+
+
+@pytest.fixture(scope="session")
+def duplex_binary(tmp_path_factory):
+    require("gcc")
+    binary = tmp_path_factory.mktemp("duplex") / "duplex"
+    source = Path(__file__).parent / "clients/duplex.c"
+    subprocess.run(["gcc", "-Wall", "-Wextra", "-Werror", "-O1", "-pthread", "-o", binary, source], check=True)
+    return binary
+
+
+@pytest.fixture
+def pods(node, make_pod):
+    node.reset(acceleration=CAN)
+    return enrol(make_pod()), enrol(make_pod())
+
+
+@pytest.fixture
+def duplex(node, pods, duplex_binary):
+    found = Duplex(node, *pods, duplex_binary)
+    yield found
+    found.close()
+    until(lambda: not len(node.maps.tables["sockets"].list_keys()), "sockets leave with their connections")
+
+
+@pytest.fixture
+def held(node, pods):
+    found = Held(node, *pods)
+    yield found
+    found.close()
+
+
+class TestEveryByteInOrder:
+    @pytest.mark.parametrize("high", [4096, 65536, 1 << 20])
+    @pytest.mark.parametrize("family", [4, 6])
+    def test_full_duplex_with_pauses_at_several_bounds(self, node, duplex, high, family):
+        node.reset(acceleration=CAN, high_bytes=high)
+        done = duplex.run(family=family, pause_us=1000, seed=high + family)
+        assert done.redirected > 100_000
+        assert done.switches > 16
+        assert done.redirected + done.native == done.client["sent"] + done.server["sent"] + 16 * 8
+        assert done.client["enomem"] == done.server["enomem"] == 0
+
+    def test_large_and_small_messages(self, duplex):
+        small = duplex.run(flows=8, total=100_000, size=40)
+        assert small.redirected > small.native
+        large = duplex.run(flows=4, total=8_000_000, size=262144)
+        assert large.redirected > 1_000_000
+
+    @pytest.mark.parametrize(("dial", "serve"), [("b", "b"), ("n", "b"), ("b", "n")])
+    def test_blocking_applications_stay_native_and_never_see_eagain(self, duplex, dial, serve):
+        done = duplex.run(dial=dial, serve=serve, pause_us=500)
+        assert done.redirected == 0
+        assert done.client["again_blocking"] == done.server["again_blocking"] == 0
+
+    @pytest.mark.parametrize(("dial", "serve"), [("t", "n"), ("n", "t"), ("t", "t")])
+    def test_an_application_that_turns_blocking_half_way(self, node, duplex, dial, serve):
+        counted = node.counted()
+        done = duplex.run(dial=dial, serve=serve, total=2_000_000)
+        assert done.redirected > 0
+        assert counted("redirect_blocking") >= 1
+
+    @pytest.mark.parametrize(("dial", "serve"), [("e", "e"), ("e", "n"), ("n", "e")])
+    def test_edge_triggered_readers_that_take_a_short_read_for_empty_never_hang(self, node, duplex, dial, serve):
+        """Native bytes behind redirected ones would come without an event: such a receiver gets native ones only."""
+        node.reset(acceleration=CAN, high_bytes=8192)
+        counted = node.counted()
+        done = duplex.run(dial=dial, serve=serve, pause_us=1000)
+        assert counted("redirect_edge") > 0
+        for event in done.flows:
+            if dial == "e":
+                assert event.value.server.redirect_bytes == 0
+            if serve == "e":
+                assert event.value.client.redirect_bytes == 0
+
+    def test_writes_before_accept(self, duplex):
+        assert duplex.run(accept_delay_ms=10, total=4_000_000).redirected > 0
+
+    @pytest.mark.parametrize("end", ["r", "u"])
+    def test_resets_and_closing_with_unread_bytes(self, duplex, end):
+        """What arrives is right; how much arrives is up to who gives up."""
+        done = duplex.run(end=end, total=500_000)
+        assert done.redirected > 0
+
+    def test_ten_thousand_short_connections(self, node, duplex):
+        began = time.monotonic()
+        flows = redirected = 0
+        for batch in range(20):
+            done = duplex.run(flows=500, total=6000, size=1500, seed=batch)
+            flows += len(done.flows)
+            redirected += done.redirected
+        assert flows == 10_000
+        assert redirected > 0
+        assert time.monotonic() - began < 60
+        assert not node.leftovers()
+
+
+class TestBounds:
+    @pytest.mark.parametrize("message", [b"x", b"x" * 65536])
+    def test_an_idle_receiver_holds_no_more_than_the_bound(self, held, message):
+        held.warm()
+        before = held.ends()[0]
+        sent = fill(held.client, message)
+        end = held.ends()[0]
+        messages = end.redirect_messages - before.redirect_messages
+        queued = end.redirect_bytes - before.redirect_bytes
+        assert 0 < messages <= LAYOUT["REDIRECT_MESSAGES"] + 1
+        assert queued <= HIGH + len(message)
+        # The rest is TCP's: at most the receive buffer, twice because TCP counts what packets cost.
+        rcvbuf = held.server.getsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF)
+        assert held_bytes(held.server) <= (HIGH + len(message) + 2 * rcvbuf) * 1.2
+        assert end.state == LAYOUT["FLOW_NATIVE"]
+        # And all of it comes, after which the direction redirects again.
+        assert read(held.server, sent).count(b"x") == sent
+        until(lambda: held_bytes(held.server) == 0, "the receiver holds nothing")
+        held.warm()
+
+    def test_a_native_message_goes_at_least_every_ten_seconds(self, held):
+        held.warm()
+        began = time.monotonic()
+        switches = held.ends()[0].switches
+        while held.ends()[0].switches == switches:
+            assert time.monotonic() - began < 10
+            held.ping()
+            os.sched_yield()
+        assert time.monotonic() - began > 2
+
+    def test_a_path_that_drops_stops_the_flow_within_ten_seconds(self, node, pods, held):
+        held.warm()
+        run_ip(node.fd, f"link set v{pods[1].number} nomaster")
+        began = time.monotonic()
+        try:
+            with pytest.raises(AssertionError, match="of 1 bytes within"):
+                while time.monotonic() - began < 12:
+                    assert held.client.send(b"x") == 1
+                    read(held.server, 1, 0.5)
+            assert time.monotonic() - began < 10.6
+        finally:
+            run_ip(node.fd, f"link set v{pods[1].number} master br0")
+        read(held.server, 1, 10)
+
+
+class TestWhatIsNotRedirected:
+    def test_a_receiver_that_turned_blocking_makes_both_directions_native(self, node, held):
+        held.warm()
+        counted = node.counted()
+        flags = fcntl.fcntl(held.server, fcntl.F_GETFL)
+        fcntl.fcntl(held.server, fcntl.F_SETFL, flags & ~os.O_NONBLOCK)
+        held.ping()
+        before = held.ends()
+        for _ in range(5):
+            held.ping()
+        after = held.ends()
+        assert counted("redirect_blocking") == 1
+        assert [end.redirect_messages for end in after] == [end.redirect_messages for end in before]
+        assert LAYOUT["FLOW_BLOCKING"] in {end.state for end in after}
+
+    def test_kernel_tls_and_zerocopy_are_refused_on_a_redirected_socket_only(self, node, pods, held):
+        held.warm()
+        other = socket.socket()
+        for sock, wanted in ((held.server, PermissionError), (other, OSError)):
+            with pytest.raises(wanted) as refused:
+                sock.setsockopt(socket.IPPROTO_TCP, 31, b"tls")
+            assert isinstance(refused.value, PermissionError) == (sock is held.server)
+        with pytest.raises(PermissionError):
+            held.client.setsockopt(socket.SOL_SOCKET, 60, 1)
+        held.client.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+        assert held.client.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE) == 1
+        other.close()
+
+    def test_a_sender_with_zerocopy_stays_native_and_gets_its_completions(self, held):
+        held.client.setsockopt(socket.SOL_SOCKET, 60, 1)
+        for _ in range(20):
+            held.client.send(b"y", 0x4000000)  # MSG_ZEROCOPY
+            assert read(held.server, 1) == b"y"
+            held.ping()
+        client, server = held.ends()
+        assert client.sighting & LAYOUT["END_ZEROCOPY"]
+        assert client.redirect_messages == server.redirect_messages == 0
+        assert held.client.recvmsg(1, 512, socket.MSG_ERRQUEUE)[1]
+
+    def test_splice_finds_native_bytes_only(self, held):
+        """So `redirect` is the owner's word that the application does not splice."""
+        held.warm()
+        held.client.send(b"bytes")
+        assert held.ends()[0].state == REDIRECT
+        out, into = os.pipe()
+        try:
+            with pytest.raises(BlockingIOError):
+                os.splice(held.server.fileno(), into, 100, flags=2)
+        finally:
+            os.close(out)
+            os.close(into)
+        assert read(held.server, 5) == b"bytes"
+
+    @pytest.mark.parametrize("setting", ["DRAINING", None])
+    def test_a_draining_layout_or_a_kernel_that_cannot_inserts_and_redirects_nothing(self, node, pods, held, setting):
+        held.warm()
+        node.reset(acceleration=CAN | LAYOUT["DRAINING"] if setting else 0)
+        held.ping()
+        before = held.ends()
+        held.ping()
+        assert [e.redirect_messages for e in held.ends()] == [e.redirect_messages for e in before]
+        later = Held(node, *pods, port=6001)
+        for _ in range(20):
+            later.ping()
+        assert not later.inserted()
+        later.close()
+
+    def test_a_flow_of_which_one_end_wants_direct(self, node, make_pod, pods):
+        plain = make_pod()
+        plain.enrol(flags=LAYOUT["ENROLLED_DIRECT"], workload_flags=LAYOUT["WORKLOAD_DIRECT"])
+        assert bpf_tc.attach(node.bpffs_dir, plain.fd, plain.name) == 1
+        one = Held(node, plain, pods[1])
+        for _ in range(20):
+            one.ping()
+        assert one.flow().acceleration == LAYOUT["ACCELERATION_DIRECT"]
+        assert not any(end.sighting for end in one.ends())
+        one.close()
+
+
+class TestTheTcProgram:
+    def test_it_is_attached_once_and_goes(self, node, pods):
+        assert bpf_tc.attach(node.bpffs_dir, pods[0].fd, pods[0].name) == 0
+        assert bpf_tc.detach(node.bpffs_dir, pods[0].fd, pods[0].name) is True
+        assert bpf_tc.detach(node.bpffs_dir, pods[0].fd, pods[0].name) is False
+
+    def test_an_older_kernel_gets_filters(self, node, pods):
+        """Without TCX: the same through clsact."""
+        for pod in pods:
+            bpf_tc.detach(node.bpffs_dir, pod.fd, pod.name)
+            assert bpf_tc.attach(node.bpffs_dir, pod.fd, pod.name, links=False) == 1
+        one = Held(node, *pods)
+        one.warm()
+        one.close()
+        for pod in pods:
+            bpf_tc.detach(node.bpffs_dir, pod.fd, pod.name)
+        other = Held(node, *pods, port=6001)
+        for _ in range(20):
+            other.ping()
+        assert not other.inserted()
+        other.close()
+
+
+class TestTheAgentsPart:
+    def test_a_socket_that_turned_blocking_comes_out_and_reads_as_any_other(self, node, pods, held):
+        agent = Redirection(str(node.bpffs_dir), node.maps)
+        spaces = {pod.cookie: pod.fd for pod in pods}
+        held.warm()
+        for _ in range(3):
+            held.client.send(b"redirected")
+        flags = fcntl.fcntl(held.server, fcntl.F_GETFL)
+        fcntl.fcntl(held.server, fcntl.F_SETFL, flags & ~os.O_NONBLOCK)
+        held.client.send(b"native")
+        assert agent.take_out(spaces, 100.0) == 0, "not before senders have settled"
+        assert agent.take_out(spaces, 110.0) == 1, "the client's end holds nothing; the server's has unread bytes"
+        assert len(node.maps.sockets.keys()) == 1
+        assert held.server.recv(100) == b"redirected" * 3
+        assert held.server.recv(100) == b"native"
+        assert agent.take_out(spaces, 111.0) == 1
+        assert node.maps.sockets.keys() == []
+        held.server.settimeout(None)
+        held.server.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, struct.pack("=qq", 5, 0))
+        sender = threading.Timer(0.05, held.client.send, (b"later",))
+        sender.start()
+        assert held.server.recv(100) == b"later", "a blocking recv waits"
+        sender.join()
+        assert agent.take_out(spaces, 120.0) == 0
+
+    def test_it_looks_at_those_pods_that_want_it(self, node, make_pod):
+        node.reset(acceleration=CAN)
+        one, two = make_pod(), make_pod()
+        for pod in (one, two):
+            pod.enrol(**WANTS)
+        agent = Redirection(str(node.bpffs_dir), node.maps)
+        agent.follow({one.name: one.fd, two.name: two.fd})
+        agent.follow({one.name: one.fd, two.name: two.fd})
+        assert not agent.problems
+        first = Held(node, one, two)
+        first.warm()
+        agent.follow({one.name: one.fd})
+        assert not list(bpf_links.pod_dir(node.bpffs_dir, two.name).glob("enrol-*"))
+        agent.follow({one.name: one.fd, "gone": 9999})
+        assert set(agent.problems) == {"gone"}
+        first.close()
+
+    def test_an_older_layout_drains_and_its_unread_bytes_are_read(self, netlab, duplex_binary):
+        """The pins of a node are renamed into another version's: what is in its sockets survives until it is read."""
+        node = netlab.node("drain")
+        node.reset(acceleration=CAN)
+        pods = [enrol(node.pod()) for _ in range(2)]
+        one = Held(node, *pods)
+        one.warm()
+        one.client.send(b"a" * 50_000)
+        assert one.ends()[0].state == REDIRECT
+        old = "v2-00000000"
+        (node.bpffs_dir / LAYOUT.version).rename(node.bpffs_dir / old)
+        assert bpf_drain.drain_others(node.bpffs_dir) == [old]
+        assert [path.name for path in (node.bpffs_dir / old).iterdir()] == ["maps"]
+        node.maps.close()
+        one.client.send(b"b" * 50_000)
+        assert read(one.server, 100_000) == b"a" * 50_000 + b"b" * 50_000
+        assert bpf_drain.drain_others(node.bpffs_dir) == [old], "while a socket is in it"
+        one.close()
+        until(lambda: bpf_drain.drain_others(node.bpffs_dir) == [], "the last socket has left")
+        assert not (node.bpffs_dir / old).exists()
+        node.load()
+        node.maps = Maps.open(node.bpffs_dir)
+        node.reset()
+        for pod in pods:
+            pod.close()
