@@ -278,10 +278,17 @@ static __always_inline int redirect_full(const struct redirection *seen)
 	return seen->rmem > seen->high || seen->queued_messages >= REDIRECT_MESSAGES;
 }
 
+/* Small messages in a row: TCP joins them, redirection wakes the receiver for each. Measured: 1 KB writes are more than
+ * twice as fast natively. */
+static __always_inline int redirect_streams(const struct redirection *seen)
+{
+	return seen->size < REDIRECT_SMALL_BYTES && seen->queued_messages >= REDIRECT_SMALL_MESSAGES;
+}
+
 /* Whether a message may be redirected; else it goes natively. */
 static __always_inline int decide_redirect(const struct redirection *seen)
 {
-	if (!seen->receiver_ready || seen->pressed || redirect_full(seen))
+	if (!seen->receiver_ready || seen->pressed || redirect_full(seen) || redirect_streams(seen))
 		return 0;
 	/* Whoever waits for edges must never find native bytes behind redirected ones. If it turned to edges only now,
 	 * what was redirected is read first. */

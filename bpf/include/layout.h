@@ -134,6 +134,8 @@ enum listener_kind {
 /* Bounds of what a receiver may hold unread by redirection. */
 #define REDIRECT_HIGH_BYTES 1048576
 #define REDIRECT_MESSAGES 256
+#define REDIRECT_SMALL_BYTES 4096       /* of such messages fewer may wait: TCP joins them, redirection cannot */
+#define REDIRECT_SMALL_MESSAGES 8
 
 /* settings.mode */
 #define MODE_CAPTURE 0
