@@ -113,6 +113,12 @@ def _filter(command: str, index: int, prog: int = -1) -> None:
             raise PlatformFault(f"clsact filter on interface {index}: {error}: is the module cls_bpf there?") from None
 
 
+def attached(bpffs_dir: str | Path) -> set[str]:
+    """UIDs of the pods that have a link."""
+    pods = bpf_links.version_dir(bpffs_dir) / "pods"
+    return {pin.parent.name for pin in pods.glob("*/enrol-*")} if pods.is_dir() else set()
+
+
 def _remove_filters() -> None:
     for index in _interfaces():
         _filter("del", index)

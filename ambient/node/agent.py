@@ -22,12 +22,13 @@ import msgspec
 
 from ambient.datapath.layout import LAYOUT
 from ambient.errors import AmbientError, ConfigFault
-from ambient.io import bpf_links, logs
+from ambient.io import bpf_drain, bpf_links, logs
 from ambient.io.bpf_maps import Maps
 from ambient.io.ca_client import await_acknowledged
 from ambient.io.kube import ApiStatus, KubeClient
 from ambient.io.reflector import Reflector
 from ambient.io.xds_client import subscribe
+from ambient.manifest.acceleration import Acceleration
 from ambient.manifest.kinds import NAMESPACE, POD, Changed
 from ambient.manifest.objects import Namespace, Pod
 from ambient.model.world import Diff, World
@@ -35,6 +36,7 @@ from ambient.node import kernel as kernels
 from ambient.node import servers
 from ambient.node.holder_client import HolderClient
 from ambient.node.kernel import Kernel
+from ambient.node.messages import NETNS
 from ambient.node.operations import operations
 from ambient.node.pods import Pods
 from ambient.node.records import Names, Records
@@ -195,7 +197,7 @@ class Agent:
             await self._pods.restore(self._kernel, self._holder, snapshot)
             if old := bpf_links.other_versions(self._settings.bpffs_dir):
                 log.info("removing the programs of earlier versions: %s", ", ".join(old))
-                bpf_links.unload(self._settings.bpffs_dir, old)
+                bpf_drain.drain_others(self._settings.bpffs_dir)
             self._problems.pop("kernel", None)
             tasks.create_task(self._pods.audit())
             tasks.create_task(subscribe(self._settings, "agent", self._world_changed, on_state=self._state))
@@ -204,11 +206,27 @@ class Agent:
         swept = time.monotonic()
         while True:
             kernel.beat()
+            self._redirect(kernel)
             if time.monotonic() - swept > SWEEP_S:
                 swept = time.monotonic()
+                bpf_drain.drain_others(self._settings.bpffs_dir)
                 if removed := kernel.maps.sweep():
                     log.info("removed %d entries of connections that were never made", removed)
             await asyncio.sleep(BEAT_S)
+
+    def _redirect(self, kernel: Kernel) -> None:
+        """Keep redirection where it is wanted, and out of sockets it must not be in."""
+        held = [member for member in self._pods.members.values() if member.handle is not None]
+        spaces = {member.cookie: member.handle.fds[NETNS] for member in held if member.handle}
+        kernel.redirection.follow(
+            {
+                member.record.uid: spaces[member.cookie]
+                for member in held
+                if member.state == "enrolled" and member.acceleration is Acceleration.REDIRECT
+            }
+        )
+        if taken := kernel.redirection.take_out(spaces):
+            log.info("took %d sockets that turned blocking out of redirection", taken)
 
     async def _world_changed(self, world: World, _: Diff) -> None:
         assert self._kernel is not None
@@ -252,6 +270,8 @@ class Agent:
         }
         problems += [f"{p['namespace']}/{p['name']}: {p['problem']}" for p in body["pods"] if p["problem"]]
         if kernel is not None:
+            body["acceleration"] = {"kernel": kernel.capabilities, "taken_out": kernel.redirection.taken_out}
+            problems += [f"pod {uid}: redirection: {text}" for uid, text in kernel.redirection.problems.items()]
             if kernel.same_node.problem:
                 problems.append(kernel.same_node.problem)
             if kernel.problem:

@@ -33,6 +33,7 @@ from ambient.manifest.acceleration import Acceleration
 from ambient.model.identity import Identity
 from ambient.model.world import World
 from ambient.node.records import Names
+from ambient.node.redirection import Redirection
 from ambient.node.same_node import SameNode
 from ambient.settings import NodeSettings
 
@@ -152,6 +153,7 @@ class Kernel:
         # An operator's bypass stays; everything unknown is captured until this process has the World.
         self._settings = _settings_value(settings, before or SettingsValue())
         maps.settings = self._settings
+        self.redirection = Redirection(settings.bpffs_dir, maps)
 
     def close(self) -> None:
         self.maps.close()
@@ -181,6 +183,11 @@ class Kernel:
     def auto_redirect(self) -> bool:
         """Whether `auto` means `redirect` on this kernel."""
         return bool(self._settings.acceleration & LAYOUT["AUTO_REDIRECT"])
+
+    @property
+    def capabilities(self) -> tuple[str, ...]:
+        """What the loader found this kernel able to do with same-node connections, in words."""
+        return render.capability_names(self._settings.acceleration)
 
     def wanted(self, pods: Iterable[LocalPod]) -> dict[str, dict[Any, Any]]:
         """What the maps that follow the World shall hold, computed anew, by the name of the map."""

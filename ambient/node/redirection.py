@@ -10,7 +10,7 @@ from typing import Final
 from ambient.datapath.layout import LAYOUT
 from ambient.datapath.values import FlowValue, TupleKey
 from ambient.errors import AmbientError
-from ambient.io import bpf_tc, sock_diag
+from ambient.io import bpf_tc, netns, sock_diag
 from ambient.io.bpf_maps import Maps
 
 SETTLED_S: Final = 5.0
@@ -27,7 +27,8 @@ class Redirection:
     def __init__(self, bpffs_dir: str, maps: Maps) -> None:
         self._bpffs = bpffs_dir
         self._maps = maps
-        self._attached: dict[str, int] = {}
+        self._attached: dict[str, int] = dict.fromkeys(bpf_tc.attached(bpffs_dir), 0)
+        """Pod UID -> inode of the namespace it was attached in."""
         self._counted = 0
         self._blocking: dict[TupleKey, float] = {}
         self.taken_out = 0
@@ -39,9 +40,10 @@ class Redirection:
         for uid in [uid for uid in self._attached if uid not in pods]:
             self._leave(uid)
         for uid, fd in pods.items():
-            if self._attached.get(uid) == fd:
-                continue
             try:
+                inode = netns.inode(fd)
+                if self._attached.get(uid) == inode:
+                    continue
                 bpf_tc.attach(self._bpffs, fd, uid)
                 self.problems.pop(uid, None)
             except (AmbientError, OSError) as error:
@@ -49,7 +51,7 @@ class Redirection:
                     log.error("pod %s: redirection: %s; its flows are direct", uid, error)
                 self.problems[uid] = str(error)
                 continue
-            self._attached[uid] = fd
+            self._attached[uid] = inode
 
     def _leave(self, uid: str) -> None:
         # The descriptor may be closed by now: a link needs none, and filters go with the interface.
@@ -60,10 +62,10 @@ class Redirection:
         except (AmbientError, OSError) as error:
             log.warning("pod %s: redirection stays attached: %s", uid, error)
 
-    def take_out(self, netns: Mapping[int, int], now: float | None = None) -> int:
+    def take_out(self, spaces: Mapping[int, int], now: float | None = None) -> int:
         """Take sockets of flows that turned blocking out of `sockets`, once nothing redirected can be in them.
 
-        ``netns``: cookie of a pod's namespace -> its descriptor. Returns how many came out. A socket in a sockhash may
+        ``spaces``: cookie of a pod's namespace -> its descriptor. Returns how many came out. A socket in a sockhash may
         fail a blocking recv() with EAGAIN; out of it, it is as any other. Looks at all flows only when one turned.
         """
         now = time.monotonic() if now is None else now
@@ -83,7 +85,7 @@ class Redirection:
             for own, cookie, inserted in _ends(key, found):
                 if not inserted or own not in self._maps.sockets:
                     continue
-                if self._holds_nothing(netns.get(found.netns_client if own != key else found.netns_server), cookie):
+                if self._holds_nothing(spaces.get(found.netns_client if own != key else found.netns_server), cookie):
                     removed += self._maps.sockets.delete(own)
                 else:
                     left += 1
