@@ -36,16 +36,16 @@ def drain(bpffs_dir: str | Path, version: str) -> bool:
     directory = Path(bpffs_dir) / version
     if not directory.is_dir():
         return True
-    # Settings first: from here its sk_msg passes everything natively, so that receivers run empty.
+    bpf_links.detach_links(directory)
+    for part in ("links", "pods", "progs"):
+        bpffs.remove_tree(directory / part)
+    # Without settings its sk_msg passes everything natively, so that receivers run empty.
     settings = _open(directory / "maps" / "settings")
     if settings is not None:
         try:
             settings.delete(bytes(settings.info.key_size))
         finally:
             settings.close()
-    bpf_links.detach_links(directory)
-    for part in ("links", "pods", "progs"):
-        bpffs.remove_tree(directory / part)
     if _holds_sockets(directory):
         for pin in (directory / "maps").iterdir():
             if pin.name not in ("sockets", "settings"):
