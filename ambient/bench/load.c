@@ -217,13 +217,14 @@ static void resolve(const char *host, const char *port)
 	}
 }
 
-static int begin(void)
+/* Streams leave it to TCP to join what is written, as they do by default. */
+static int begin(int nodelay)
 {
-	int one = 1, fd = socket(target->ai_family, SOCK_STREAM | SOCK_NONBLOCK | SOCK_CLOEXEC, 0);
+	int fd = socket(target->ai_family, SOCK_STREAM | SOCK_NONBLOCK | SOCK_CLOEXEC, 0);
 
 	if (fd < 0)
 		fail("socket");
-	setsockopt(fd, IPPROTO_TCP, TCP_NODELAY, &one, sizeof(one));
+	setsockopt(fd, IPPROTO_TCP, TCP_NODELAY, &nodelay, sizeof(nodelay));
 	if (connect(fd, target->ai_addr, target->ai_addrlen) && errno != EINPROGRESS)
 		fail("connect");
 	return fd;
@@ -281,7 +282,7 @@ static void get(int fd, void *data, size_t size)
 static int opened(char what, uint32_t size)
 {
 	struct header header = {.what = what, .size = size};
-	int fd = begin();
+	int fd = begin(what != 'S');
 
 	await(fd, POLLOUT);
 	put(fd, &header, sizeof(header));
@@ -366,7 +367,7 @@ static void dial(struct dial *it, int poller, uint64_t index)
 
 	it->began = now();
 	it->connected = 0;
-	it->fd = begin();
+	it->fd = begin(1);
 	epoll_ctl(poller, EPOLL_CTL_ADD, it->fd, &event);
 }
 
