@@ -96,7 +96,7 @@ struct served {
 	uint32_t owed;  /* still to write */
 	uint32_t written;
 	uint64_t total;
-	int open, headed;
+	int open, headed, waiting; /* for room to write */
 	uint8_t *buffer;
 };
 
@@ -160,6 +160,23 @@ static int serve_one(struct served *it, int fd, uint8_t *sink)
 	}
 }
 
+/* Level-triggered: to a socket that is waited for edge-triggered nothing is redirected. */
+static void serve_on(struct served *all, int poller, int fd, uint8_t *sink)
+{
+	struct epoll_event event = {.events = EPOLLIN, .data.fd = fd};
+
+	if (!serve_one(&all[fd], fd, sink)) {
+		end(all, fd);
+		return;
+	}
+	if (all[fd].waiting == !!all[fd].owed)
+		return;
+	all[fd].waiting = !!all[fd].owed;
+	if (all[fd].waiting)
+		event.events = EPOLLOUT;
+	epoll_ctl(poller, EPOLL_CTL_MOD, fd, &event);
+}
+
 static void serve(int port)
 {
 	struct sockaddr_in6 any = {.sin6_family = AF_INET6, .sin6_port = htons(port)};
@@ -181,8 +198,8 @@ static void serve(int port)
 			int fd = ready[index].data.fd;
 
 			if (fd != listener) {
-				if (all[fd].open && !serve_one(&all[fd], fd, sink))
-					end(all, fd);
+				if (all[fd].open)
+					serve_on(all, poller, fd, sink);
 				continue;
 			}
 			while ((fd = accept4(listener, 0, 0, SOCK_NONBLOCK | SOCK_CLOEXEC)) >= 0) {
@@ -192,10 +209,9 @@ static void serve(int port)
 				}
 				setsockopt(fd, IPPROTO_TCP, TCP_NODELAY, &one, sizeof(one));
 				all[fd].open = 1;
-				event = (struct epoll_event){.events = EPOLLIN | EPOLLOUT | EPOLLET, .data.fd = fd};
+				event = (struct epoll_event){.events = EPOLLIN, .data.fd = fd};
 				epoll_ctl(poller, EPOLL_CTL_ADD, fd, &event);
-				if (!serve_one(&all[fd], fd, sink))
-					end(all, fd);
+				serve_on(all, poller, fd, sink);
 			}
 		}
 	}
