@@ -28,3 +28,4 @@ int call_judge(const struct verdict_value *v, __u64 generation) { return judge(v
 int call_redirection_size(void) { return sizeof(struct redirection); }
 int call_decide_redirect(const struct redirection *r) { return decide_redirect(r); }
 __u32 call_redirect_high(__u32 wanted, __u32 rcvbuf) { return redirect_high(wanted, rcvbuf); }
+int call_agent_is_silent(const struct settings_value *s, __u64 now) { return agent_is_silent(s, now); }

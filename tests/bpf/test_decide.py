@@ -6,6 +6,7 @@ import ctypes
 import ipaddress
 import subprocess
 from pathlib import Path
+from typing import ClassVar
 
 import pytest
 from hypothesis import given
@@ -16,6 +17,7 @@ from ambient.datapath.values import (
     AuthorizedValue,
     Range,
     SettingsValue,
+    VerdictValue,
     WorkloadValue,
     address_bytes,
     address_text,
@@ -270,3 +272,57 @@ class TestInbound:
     def test_a_heartbeat_from_the_future_is_alive(self, decide):
         ahead = settings(heartbeat_timeout_s=1, heartbeat_ns=NOW + 10**12)
         assert not decide.call_heartbeat_stopped(ahead, ctypes.c_uint64(NOW))
+
+
+class TestWithinTheNode:
+    """Connections that the kernel may authorize itself."""
+
+    WORDS: ClassVar = {"off": 0, "direct": 1, "redirect": 2}
+
+    @pytest.mark.parametrize("able", [0, LAYOUT["CAN_REDIRECT"]])
+    @pytest.mark.parametrize("source", ["off", "direct", "redirect"])
+    @pytest.mark.parametrize("destination", ["off", "direct", "redirect"])
+    def test_the_stricter_of_both_ends_holds(self, decide, source, destination, able):
+        flags = LAYOUT[f"ENROLLED_{source.upper()}"], LAYOUT[f"WORKLOAD_{destination.upper()}"]
+        wanted = min(self.WORDS[source], self.WORDS[destination])
+        assert decide.call_agreed_acceleration(*flags, able) == (wanted if able else min(wanted, 1))
+
+    def test_an_end_that_says_nothing_is_off(self, decide):
+        assert decide.call_agreed_acceleration(0, LAYOUT["WORKLOAD_DIRECT"], 3) == 0
+        assert decide.call_agreed_acceleration(LAYOUT["ENROLLED_DIRECT"], 0, 3) == 0
+
+    @pytest.mark.parametrize(
+        "verdict, generation, reason",
+        [
+            (None, 5, "NO_VERDICT"),
+            (VerdictValue(5, 1), 5, "KERNEL"),
+            (VerdictValue(5, 0), 5, "VERDICT_DENIES"),
+            (VerdictValue(4, 1), 5, "STALE_VERDICT"),
+            (VerdictValue(6, 1), 5, "STALE_VERDICT"),
+            (VerdictValue(0, 1), 0, "STALE_VERDICT"),
+        ],
+    )
+    def test_only_a_current_allow_allows(self, decide, verdict, generation, reason):
+        raw = ctypes.byref(CLASSES["verdict_value"].from_buffer_copy(verdict.encode())) if verdict else None
+        assert decide.call_judge(raw, ctypes.c_uint64(generation)) == LAYOUT[f"REASON_{reason}"]
+
+    @pytest.mark.parametrize(
+        "flags, same",
+        [(LOCAL | ENROLLED, True), (LOCAL, False), (ENROLLED, False), (LOCAL | ENROLLED | WAYPOINT, False)],
+    )
+    def test_only_an_enrolled_pod_of_this_node_without_a_waypoint(self, decide, flags, same):
+        raw = ctypes.byref(CLASSES["workload_value"].from_buffer_copy(WorkloadValue(7, flags, 1).encode()))
+        assert bool(decide.call_is_same_node(raw)) is same
+
+    def test_an_entry_of_the_kernel_path_without_a_generation_admits_nobody(self, decide):
+        entry = AuthorizedValue(0, 0, 7, LAYOUT["REASON_KERNEL"])
+        owner = ctypes.byref(CLASSES["workload_value"].from_buffer_copy(WorkloadValue(7, LOCAL, 5).encode()))
+        assert not decide.call_authorizes(
+            ctypes.byref(CLASSES["authorized_value"].from_buffer_copy(entry.encode())), owner
+        )
+
+    def test_a_silent_agent_decides_nothing(self, decide):
+        silent = LAYOUT["AGENT_SILENT_S"] * 10**9
+        for age, answer in ((silent, 0), (silent + 1, 1), (-1, 0)):
+            value = settings(heartbeat_ns=NOW - age)
+            assert bool(decide.call_agent_is_silent(value, ctypes.c_uint64(NOW))) is bool(answer)
