@@ -228,8 +228,9 @@ class SameNode:
         with _Diags(self.netns_of) as diags:
             for key, flow in flows:
                 own, peer = (key.local, key.local_port), (key.remote, key.remote_port)
-                closed = diags.destroy(flow.netns_client, peer, own, flow.client.cookie)
-                closed |= diags.destroy(flow.netns_server, own, peer, flow.server.cookie)
+                # The server's end first: its reset reaches the client, which sees what ztunnel would have shown it.
+                closed = diags.destroy(flow.netns_server, own, peer, flow.server.cookie)
+                closed |= diags.destroy(flow.netns_client, peer, own, flow.client.cookie)
                 if not closed:
                     self.counters["flows_not_closed"] += 1
 
