@@ -71,6 +71,7 @@ class Demo:
             self.identities,
             self.client_address,
             self.kernel,
+            self.same_node,
             self.policy,
             self.strict,
             self.leave,
@@ -187,6 +188,29 @@ class Demo:
                 self._say(line)
         services = {self._vip("catalog"), self._vip("payments")}
         expect({row["original"] for row in rows} >= {f"{vip}:80" for vip in services}, f"not both are listed: {rows}")
+
+    def same_node(self) -> None:
+        """ambient flows: within a node the kernel itself authorizes, and no proxy is on the path."""
+        program = (
+            "import socket,sys; held=[socket.create_connection((h,80),5) for h in ('frontend','catalog')];"
+            "print('open', flush=True); sys.stdin.read()"
+        )
+        with self.driver.background("shop", "client", "python3", "-c", program) as held:
+            held.await_output("open")
+            rows = eventually(
+                lambda: [
+                    r for r in self.driver.rows("flows") if r["source"] == "shop/client" and r["path"] == "direct"
+                ],
+                5,
+                "the kernel flow from client to frontend",
+            )
+            for row in [r for r in self.driver.rows("flows") if r["source"] == "shop/client"]:
+                self._say(f"{row['path']:8} on {row['node']}: {row['source']} -> {row['destination']}")
+        frontend = self.driver.pods("shop")["frontend"]["metadata"]["name"]
+        expect(
+            {row["destination"] for row in rows} == {f"shop/{frontend}"},
+            f"only the frontend, on the client's own node, is reached without a proxy: {rows}",
+        )
 
     def policy(self) -> None:
         """An AuthorizationPolicy lets frontend ask the catalog, and nobody else."""
