@@ -222,7 +222,7 @@ class Agent:
             {
                 member.record.uid: spaces[member.cookie]
                 for member in held
-                if member.state == "enrolled" and member.acceleration is Acceleration.REDIRECT
+                if member.state in ("enrolling", "enrolled") and member.acceleration is Acceleration.REDIRECT
             }
         )
         if taken := kernel.redirection.take_out(spaces):

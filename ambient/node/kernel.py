@@ -347,6 +347,7 @@ class Kernel:
 
     def detach(self, uid: str) -> None:
         bpf_links.detach_sk_lookup(self._bpffs, uid)
+        self.redirection.forget(uid)
 
     def attached(self) -> dict[str, int]:
         return bpf_links.attached_pods(self._bpffs)

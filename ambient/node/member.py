@@ -167,6 +167,8 @@ class MemberSteps:
         member = self._member
         assert member.handle is not None
         self._kernel.attach(member.handle.fds[m.NETNS], member.record.uid)
+        if member.acceleration is Acceleration.REDIRECT:
+            self._kernel.redirection.add(member.record.uid, member.handle.fds[m.NETNS])
 
     async def put_enrolled(self) -> None:
         member = self._member

@@ -40,23 +40,31 @@ class Redirection:
         for uid in [uid for uid in self._attached if uid not in pods]:
             self._leave(uid)
         for uid, fd in pods.items():
-            try:
-                inode = netns.inode(fd)
-                if self._attached.get(uid) == inode:
-                    continue
-                bpf_tc.attach(self._bpffs, fd, uid)
-                self.problems.pop(uid, None)
-            except (AmbientError, OSError) as error:
-                if self.problems.get(uid) != str(error):
-                    log.error("pod %s: redirection: %s; its flows are direct", uid, error)
-                self.problems[uid] = str(error)
-                continue
-            self._attached[uid] = inode
+            self.add(uid, fd)
+
+    def add(self, uid: str, fd: int) -> None:
+        """Look at one pod from now on, so that its first connections qualify; `follow` keeps it so."""
+        try:
+            inode = netns.inode(fd)
+            if self._attached.get(uid) == inode:
+                return
+            bpf_tc.attach(self._bpffs, fd, uid)
+        except (AmbientError, OSError) as error:
+            if self.problems.get(uid) != str(error):
+                log.error("pod %s: redirection: %s; its flows are direct", uid, error)
+            self.problems[uid] = str(error)
+            return
+        self.problems.pop(uid, None)
+        self._attached[uid] = inode
+
+    def forget(self, uid: str) -> None:
+        """The pod's attachments went with its sk_lookup."""
+        self._attached.pop(uid, None)
+        self.problems.pop(uid, None)
 
     def _leave(self, uid: str) -> None:
         # The descriptor may be closed by now: a link needs none, and filters go with the interface.
-        self._attached.pop(uid, None)
-        self.problems.pop(uid, None)
+        self.forget(uid)
         try:
             bpf_tc.detach(self._bpffs, None, uid)
         except (AmbientError, OSError) as error:

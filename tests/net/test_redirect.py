@@ -311,6 +311,10 @@ class TestTheAgentsPart:
         first.warm()
         agent.follow({one.name: one.fd})
         assert not list(bpf_links.pod_dir(node.bpffs_dir, two.name).glob("enrol-*"))
+        bpf_tc.detach(node.bpffs_dir, one.fd, one.name)
+        agent.forget(one.name)
+        agent.add(one.name, one.fd)
+        assert bpf_tc.attached(node.bpffs_dir) >= {one.name}, "left and come back between two looks"
         agent.follow({one.name: one.fd, "gone": 9999})
         assert set(agent.problems) == {"gone"}
         first.close()
