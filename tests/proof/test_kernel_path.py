@@ -71,6 +71,7 @@ def pair(mesh: Mesh, maps: Maps) -> Iterator[str]:
     headless = service("headless", "b", clusterIP="None")
     with mesh.namespace(pod("a"), pod("b"), service("b"), headless) as name:
         await_kernel_path(mesh, maps, name, mesh.address(name, "b"), PORT)
+        await_kernel_path(mesh, maps, name, mesh.vip(name, "b"), 80)  # endpoints follow readiness, verdicts do not
         yield name
 
 
