@@ -39,7 +39,7 @@ class PlainKernel:
         self._redirect = Redirect(original, port, "", 0, client, 40000)
         self._numbers = itertools.count(1)
 
-    def take_redirect(self, cookie: int) -> Redirect | None:
+    def redirect_of(self, cookie: int) -> Redirect | None:
         if self._redirect.client == "each":
             return self._redirect._replace(client=f"127.0.0.{next(self._numbers)}")
         return self._redirect if self._redirect.original_port else None

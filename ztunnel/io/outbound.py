@@ -31,7 +31,7 @@ ANSWER_S = 30.0
 
 def accept(worker: Worker, pod: PodState, sock: Socket, peer: tuple[str, int]) -> None:
     """A connection on 15001 of the pod's namespace."""
-    record = worker.kernel.take_redirect(sockets.cookie(sock))
+    record = worker.kernel.redirect_of(sockets.cookie(sock))
     captured = capture.outbound(
         (record.original, record.original_port) if record is not None else None,
         (record.endpoint, record.endpoint_port) if record is not None else ("", 0),

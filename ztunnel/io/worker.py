@@ -63,7 +63,7 @@ class Redirect(Protocol):
 class Kernel(Protocol):
     """The kernel maps as a worker uses them; `ambient.io.bpf_maps.Maps` is one. Raises AmbientError."""
 
-    def take_redirect(self, cookie: int) -> Redirect | None: ...
+    def redirect_of(self, cookie: int) -> Redirect | None: ...
 
     def authorize_delivery(
         self,
@@ -94,7 +94,7 @@ class LazyMaps:
             self._maps = Maps.open(self._directory)
         return self._maps
 
-    def take_redirect(self, cookie: int) -> Redirect | None:
+    def redirect_of(self, cookie: int) -> Redirect | None:
         try:
             return self._open().redirect_of(cookie)
         except LayoutMismatch:
