@@ -7,8 +7,10 @@ SHELL := /bin/bash
 PY := .venv/bin/python
 PACKAGES := python3-bpfcc linux-headers-amd64 python3-venv python3-pip iproute2 nftables tcpdump gcc libc6-dev \
             make openssl nginx-light wrk iperf3 procps util-linux
+# What only tests use: software of others that must run through the mesh unchanged, and an emulator for other kernels.
+TEST_PACKAGES := haproxy redis-server redis-tools postgresql postgresql-client golang-go curl qemu-system-x86 cpio busybox-static
 
-.PHONY: help setup packages demo test lint format proto clean
+.PHONY: help setup demo test lint format proto clean
 help:
 	@echo "make demo    two nodes, a shop, enrolment, mTLS, policy: the whole mesh on this machine"
 	echo "make test    every test this machine can run"
@@ -16,23 +18,30 @@ help:
 
 setup: build/packages .venv/ready build/ambient-cni  ## everything the other targets need
 
-# Only missing packages are installed; kubectl comes from Debian unless one is there already.
+# Installs what is missing of $(1). kubectl comes from Debian unless one is there already.
+# Programs are used, never their daemons: no service may start.
+define install
+@mkdir -p build
+missing=()
+for p in $(1); do dpkg-query -W -f='$${Status}' "$$p" 2>/dev/null | grep -q 'ok installed' || missing+=("$$p"); done
+command -v kubectl >/dev/null || missing+=(kubernetes-client)
+if [ $${#missing[@]} -gt 0 ]; then
+  [ "$$(id -u)" = 0 ] || { echo "make: install these packages as root: $${missing[*]}" >&2; exit 1; }
+  echo "installing $${missing[*]}"
+  apt-get update -qq
+  printf '#!/bin/sh\nexit 101\n' > build/policy-rc.d && chmod +x build/policy-rc.d
+  [ -e /usr/sbin/policy-rc.d ] || { cp build/policy-rc.d /usr/sbin/policy-rc.d; trap 'rm -f /usr/sbin/policy-rc.d' EXIT; }
+  DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends "$${missing[@]}" >build/apt.log 2>&1 \
+    || { tail -20 build/apt.log >&2; exit 1; }
+fi
+touch $@
+endef
+
 build/packages: Makefile
-	@mkdir -p build
-	missing=()
-	for p in $(PACKAGES); do dpkg-query -W -f='$${Status}' "$$p" 2>/dev/null | grep -q 'ok installed' || missing+=("$$p"); done
-	command -v kubectl >/dev/null || missing+=(kubernetes-client)
-	if [ $${#missing[@]} -gt 0 ]; then
-	  [ "$$(id -u)" = 0 ] || { echo "make: install these packages as root: $${missing[*]}" >&2; exit 1; }
-	  echo "installing $${missing[*]}"
-	  apt-get update -qq
-	  # no service may start: the programs are used, their daemons are not
-	  printf '#!/bin/sh\nexit 101\n' > build/policy-rc.d && chmod +x build/policy-rc.d
-	  [ -e /usr/sbin/policy-rc.d ] || { cp build/policy-rc.d /usr/sbin/policy-rc.d; trap 'rm -f /usr/sbin/policy-rc.d' EXIT; }
-	  DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends "$${missing[@]}" >build/apt.log 2>&1 \
-	    || { tail -20 build/apt.log >&2; exit 1; }
-	fi
-	touch $@
+	$(call install,$(PACKAGES))
+
+build/test-packages: Makefile build/packages
+	$(call install,$(TEST_PACKAGES))
 
 # bcc is a distribution package, so the environment sees the system's; the lock file wins over everything else there.
 .venv/ready: requirements.lock pyproject.toml build/packages
@@ -50,7 +59,7 @@ build/ambient-cni: ambient/node/cni_stub.c build/packages
 demo: setup
 	@$(PY) -m ambient demo
 
-test: setup
+test: setup build/test-packages
 	@$(PY) -m pytest tests $(ARGS)
 
 lint: setup
