@@ -37,7 +37,7 @@ int sk_msg(struct sk_msg_md *ctx)
 	mine = serving ? &flow->server : &flow->client;
 	peer = serving ? &flow->client : &flow->server;
 	seen.now_ns = bpf_ktime_get_ns();
-	if (!(now->acceleration & CAN_REDIRECT) || (now->acceleration & DRAINING) || (flow->flags & FLOW_REVOKED) ||
+	if (!(now->acceleration & CAN_REDIRECT) || (now->acceleration & DRAINING) ||
 	    mine->state == FLOW_BLOCKING || peer->state == FLOW_BLOCKING ||
 	    !(mine->sighting & END_INSERTED) || !(peer->sighting & END_INSERTED) || mine->sock != sender ||
 	    sock_zerocopy(sender) || !sock_is(peer->sock, peer->cookie))

@@ -24,7 +24,7 @@ from ambient.cli.output import emit, output_option
 from ambient.cli.target import LABS, NODE_CONFIG
 from ambient.datapath.layout import LAYOUT
 from ambient.errors import AmbientError, LayoutMismatch
-from ambient.io import bpf_links, bpf_selftest_redirect, bpffs, btf, cgroup, kernel_headers
+from ambient.io import bpf_links, bpf_selftest_destroy, bpf_selftest_redirect, bpffs, btf, cgroup, kernel_headers
 from ambient.io.bpf_maps import Maps
 from ambient.settings import NodeSettings, read_settings
 
@@ -129,6 +129,17 @@ def foreign_programs() -> Result:
     return _ok("no foreign program blocks attaching to cgroups")
 
 
+def closing() -> Result:
+    """Whether a right that is taken away can end the connections it let in."""
+    try:
+        said = bpf_selftest_destroy.run()
+    except (AmbientError, OSError) as error:
+        return Result("warning", str(error), "run as root to try it")
+    if not said:
+        return _ok("established connections can be closed (SOCK_DESTROY)")
+    return Result("warning", said, "CONFIG_INET_DIAG_DESTROY and the module tcp_diag are what is needed")
+
+
 def acceleration() -> Result:
     """What ambient.mesh/acceleration can mean on this kernel."""
     try:
@@ -198,6 +209,7 @@ CHECKS: dict[str, tuple[tuple[str, Check], ...]] = {
         ("bcc is installed", bcc_package),
         ("kernel headers are found", headers),
         ("no foreign cgroup program is in the way", foreign_programs),
+        ("same-node kernel path", closing),
         ("same-node redirection", acceleration),
     ),
     "limits": (("enough open files", open_files),),

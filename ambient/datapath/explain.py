@@ -174,6 +174,8 @@ def _same_node(steps: _Steps, facts: Facts) -> dict[str, list[str]]:
         why = _SAME_NODE.get(reason, reason)
         if candidate.verdict is not None and candidate.verdict.policy:
             why += f"; policy {kernel.policies.get(candidate.verdict.policy, candidate.verdict.policy)}"
+        if reason == "acceleration_off" and kernel.settings.acceleration & LAYOUT["NO_DESTROY"]:
+            why = "this kernel cannot close connections (SOCK_DESTROY): ztunnel decides, which can"
         if reason == "captured":
             why = _not_here(candidate, kernel.settings)
         steps.add("same node", f"{facts.source.node} kernel", f"{end}: {reason}, {path}", why)

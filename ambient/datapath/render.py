@@ -286,7 +286,8 @@ def settings(value: v.SettingsValue | None, now_ns: int) -> list[Row]:
 
 def capability_names(bits: int) -> tuple[str, ...]:
     """What the self-tests found: of settings.acceleration."""
-    names = ("CAN_REDIRECT", "AUTO_REDIRECT", "DRAINING", "NO_OFFSETS", "NO_CHARGE", "NO_PROGRAMS", "ULP_ALLOWED")
+    able = ("CAN_REDIRECT", "AUTO_REDIRECT", "DRAINING", "ULP_ALLOWED")
+    names = (*able, "NO_OFFSETS", "NO_CHARGE", "NO_PROGRAMS", "NO_DESTROY")
     return tuple(name.lower() for name in names if bits & LAYOUT[name])
 
 

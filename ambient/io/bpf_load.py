@@ -24,7 +24,17 @@ from typing import Any, Final
 from ambient.datapath.layout import LAYOUT, source_directory
 from ambient.datapath.values import SettingsValue
 from ambient.errors import AmbientError, OurFault, PlatformFault
-from ambient.io import bpf_links, bpf_selftest, bpf_selftest_redirect, bpf_sys, bpffs, btf, cgroup, kernel_headers
+from ambient.io import (
+    bpf_links,
+    bpf_selftest,
+    bpf_selftest_destroy,
+    bpf_selftest_redirect,
+    bpf_sys,
+    bpffs,
+    btf,
+    cgroup,
+    kernel_headers,
+)
 from ambient.io.bpf_maps import SPEC, Maps, check_map
 
 SOURCES: Final = (
@@ -156,6 +166,7 @@ def load(bpffs_dir: str | Path, node_cgroup: str | Path, pods_cgroup: str | Path
                 bpf_sys.obj_pin(fd, str(aside / "maps" / name))
             bpf_sys.obj_pin(compiled.programs["sk_lookup"], str(aside / "progs" / "sk_lookup"))
             redirection = bpf_selftest_redirect.run(compiled.redirection)
+            unclosable = bpf_selftest_destroy.run()
             able = bool(redirection.bits & LAYOUT["CAN_REDIRECT"])
             for hook in bpf_links.HOOKS:
                 if hook.where not in where or (hook.name in bpf_links.REDIRECTION and not able):
@@ -168,7 +179,7 @@ def load(bpffs_dir: str | Path, node_cgroup: str | Path, pods_cgroup: str | Path
             if able:
                 _attach_sk_msg(compiled, aside)
                 bpf_sys.obj_pin(compiled.programs["enrol"], str(aside / "progs" / "enrol"))
-            _tell(compiled.maps["settings"], redirection.bits)
+            _tell(compiled.maps["settings"], redirection.bits | (LAYOUT["NO_DESTROY"] if unclosable else 0))
             os.rename(aside, bpf_links.version_dir(root))
         except BaseException:
             bpf_links.detach_links(aside)
@@ -179,7 +190,7 @@ def load(bpffs_dir: str | Path, node_cgroup: str | Path, pods_cgroup: str | Path
         f"loaded layout {LAYOUT.version} in {root} ({compiled.seconds:.1f} s, headers {compiled.headers}); "
         f"attached to {where[bpf_links.PODS]} and {where[bpf_links.NODE]}"
         + (f"; still pinned: {', '.join(others)}" if others else "")
-        + "".join(f"; {said}" for said in (untried, *redirection.said) if said)
+        + "".join(f"; {said}" for said in (untried, unclosable, *redirection.said) if said)
     )
 
 
@@ -221,7 +232,8 @@ def main(arguments: list[str] | None = None) -> int:
             untried = bpf_selftest.run(compiled.maps, compiled.programs, Path(options.node_cgroup))
             said = f"layout {LAYOUT.version} compiles and loads ({compiled.seconds:.1f} s, headers {compiled.headers})"
             redirection = bpf_selftest_redirect.run(compiled.redirection)
-            print(said + "".join(f"; {text}" for text in (untried, *redirection.said) if text))
+            found = (untried, bpf_selftest_destroy.run(), *redirection.said)
+            print(said + "".join(f"; {text}" for text in found if text))
         else:
             print(load(options.bpffs_dir, options.node_cgroup, options.pods_cgroup))
     except AmbientError as error:

@@ -61,7 +61,7 @@ def _inside() -> Found:
     """On a thread of its own."""
     if _libc.unshare(netns.CLONE_NEWNET) != 0:
         raise OSError(ctypes.get_errno(), "unshare a network namespace (CAP_SYS_ADMIN)")
-    _loopback_up()
+    loopback_up()
     charged = _charged()
     if charged < _CHARGE:
         said = f"redirection is off: of {_CHARGE} redirected bytes the kernel charges {charged} to the receiver"
@@ -78,7 +78,8 @@ def _inside() -> Found:
     return Found(bits, tuple(said_all))
 
 
-def _loopback_up() -> None:
+def loopback_up() -> None:
+    """Of the namespace of this thread. Raises OSError."""
     import fcntl
 
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock:

@@ -46,6 +46,10 @@ from ambient.settings import NodeSettings, read_settings
 BEAT_S: Final = 1.0
 SWEEP_S: Final = 60.0
 RETRY_S: Final = (1.0, 30.0)
+CANNOT_CLOSE: Final = (
+    "this kernel cannot close established connections (SOCK_DESTROY: CONFIG_INET_DIAG_DESTROY, module tcp_diag): "
+    "traffic within the node goes through ztunnel"
+)
 
 log = logging.getLogger(__name__)
 
@@ -272,6 +276,8 @@ class Agent:
         if kernel is not None:
             body["acceleration"] = {"kernel": kernel.capabilities, "taken_out": kernel.redirection.taken_out}
             problems += [f"pod {uid}: redirection: {text}" for uid, text in kernel.redirection.problems.items()]
+            if kernel.cannot_close:
+                problems.append(CANNOT_CLOSE)
             if kernel.same_node.problem:
                 problems.append(kernel.same_node.problem)
             if kernel.problem:

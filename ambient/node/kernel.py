@@ -185,6 +185,11 @@ class Kernel:
         return bool(self._settings.acceleration & LAYOUT["AUTO_REDIRECT"])
 
     @property
+    def cannot_close(self) -> bool:
+        """Whether this kernel cannot end a connection, so that it authorizes none within the node."""
+        return bool(self._settings.acceleration & LAYOUT["NO_DESTROY"])
+
+    @property
     def capabilities(self) -> tuple[str, ...]:
         """What the loader found this kernel able to do with same-node connections, in words."""
         return render.capability_names(self._settings.acceleration)

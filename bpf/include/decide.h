@@ -195,6 +195,8 @@ static __always_inline __u16 agreed_acceleration(__u32 enrolled_flags, __u32 wor
 {
 	if ((enrolled_flags & ENROLLED_OFF) || (workload_flags & WORKLOAD_OFF))
 		return ACCELERATION_OFF;
+	if (capabilities & NO_DESTROY)
+		return ACCELERATION_OFF; /* a right that is taken away must end what it let in */
 	if (!(enrolled_flags & (ENROLLED_DIRECT | ENROLLED_REDIRECT)) ||
 	    !(workload_flags & (WORKLOAD_DIRECT | WORKLOAD_REDIRECT)))
 		return ACCELERATION_OFF;

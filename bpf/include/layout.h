@@ -75,17 +75,16 @@ enum reason {
 	REASON_VERDICT_DENIES = 26,     /* same node, the verdict denies: captured, ztunnel refuses and logs */
 	REASON_NO_ENDPOINT_SLOT = 27,   /* the chosen slot of a service is not there: captured */
 	REASON_ACCELERATION_OFF = 28,   /* same node, but one of the two ends wants ztunnel: captured */
-	REASON_REVOKED = 29,            /* kernel flow closed because its right is gone */
-	REASON_FLOWS_FULL = 30,         /* flows full: the connection will be steered */
-	REASON_FLOW_UNREPORTED = 31,    /* the ring buffer was full: the closed flow waits in flows */
-	REASON_REDIRECT_INSERTED = 32,  /* socket put into the sockhash */
-	REASON_REDIRECT_BLOCKING = 33,  /* receiver turned blocking: its flow stays native */
-	REASON_REDIRECT_HIGH = 34,      /* receiver holds enough: the direction went native */
-	REASON_REDIRECT_PRESSED = 35,   /* memory may be short: the message went native, instead of ENOMEM for its sender */
-	REASON_REDIRECT_ZEROCOPY = 36,  /* sender uses SO_ZEROCOPY: not put into the sockhash */
-	REASON_REDIRECT_OPTION = 37,    /* TCP_ULP or SO_ZEROCOPY on a socket of the sockhash refused */
-	REASON_REDIRECT_EDGE = 38,      /* somebody waits for the receiver edge-triggered: the message went native */
-	REASON_MAX = 39,
+	REASON_FLOWS_FULL = 29,         /* flows full: the connection will be steered */
+	REASON_FLOW_UNREPORTED = 30,    /* the ring buffer was full: the closed flow waits in flows */
+	REASON_REDIRECT_INSERTED = 31,  /* socket put into the sockhash */
+	REASON_REDIRECT_BLOCKING = 32,  /* receiver turned blocking: its flow stays native */
+	REASON_REDIRECT_HIGH = 33,      /* receiver holds enough: the direction went native */
+	REASON_REDIRECT_PRESSED = 34,   /* memory may be short: the message went native, instead of ENOMEM for its sender */
+	REASON_REDIRECT_ZEROCOPY = 35,  /* sender uses SO_ZEROCOPY: not put into the sockhash */
+	REASON_REDIRECT_OPTION = 36,    /* TCP_ULP or SO_ZEROCOPY on a socket of the sockhash refused */
+	REASON_REDIRECT_EDGE = 37,      /* somebody waits for the receiver edge-triggered: the message went native */
+	REASON_MAX = 38,
 };
 
 /* What a listener in a pod's namespace is for. */
@@ -129,6 +128,7 @@ enum listener_kind {
 #define NO_OFFSETS 8            /* why not CAN_REDIRECT: the kernel's BTF is missing or lacks a field */
 #define NO_CHARGE 16            /* ... redirected bytes are not charged to the receiver */
 #define NO_PROGRAMS 32          /* ... the kernel refuses one of the programs */
+#define NO_DESTROY 128          /* it cannot close a connection (SOCK_DESTROY): nothing is authorized within the node */
 #define ULP_ALLOWED 64          /* the kernel lets TCP_ULP "tls" onto a socket in a sockhash: the setsockopt hook does not */
 
 /* Bounds of what a receiver may hold unread by redirection. */
@@ -319,8 +319,7 @@ _Static_assert(sizeof(struct origin_value) == 48, "origin_value");
 #define END_ZEROCOPY 4          /* SO_ZEROCOPY is set: never inserted */
 
 /* flow_value.flags */
-#define FLOW_REVOKED 1          /* its right is gone: it is being closed */
-#define FLOW_UNREPORTED 2       /* both ends are closed and the ring buffer was full: the reader sweeps it */
+#define FLOW_UNREPORTED 1       /* both ends are closed and the ring buffer was full: the reader sweeps it */
 
 /* One end of a flow. Its counters are of what this end sent. */
 struct flow_end {

@@ -90,7 +90,7 @@ def test_ranges_hold_the_same_addresses(decide, address, base, prefix) -> None: 
 
 
 @settings(max_examples=400, deadline=None)
-@given(ours=flags, theirs=flags, capabilities=st.integers(0, 3))
+@given(ours=flags, theirs=flags, capabilities=st.integers(0, 255))
 def test_acceleration_is_agreed_alike(decide, ours, theirs, capabilities) -> None:  # noqa: F811
     assert twin.agreed_acceleration(ours, theirs, capabilities) == decide.call_agreed_acceleration(
         ours, theirs, capabilities

@@ -10,9 +10,10 @@ from pathlib import Path
 
 import pytest
 
+from ambient.cli import check
 from ambient.datapath.layout import LAYOUT
 from ambient.errors import LayoutMismatch, PlatformFault
-from ambient.io import bpf_links, bpf_load, bpf_sys, bpffs, cgroup
+from ambient.io import bpf_links, bpf_load, bpf_selftest_destroy, bpf_sys, bpffs, cgroup, sock_diag
 from ambient.io.bpf_maps import Maps
 from tests.support.foreign import connect4_program
 from tests.support.require import require
@@ -92,6 +93,35 @@ def test_a_kernel_that_does_not_do_what_is_needed_is_refused_before_anything_is_
         bpf_load.load(directory, node, pods)
     assert list(directory.iterdir()) == []
     assert [path.name for path in node.iterdir() if path.is_dir()] == ["kubepods"]
+
+
+def refuses(*_):
+    raise PlatformFault("closing a TCP socket (SOCK_DESTROY): EOPNOTSUPP")
+
+
+@pytest.mark.parametrize(
+    ("destroy", "said"),
+    [(refuses, "EOPNOTSUPP"), (lambda *_: False, "finds no socket"), (lambda *_: True, "left it open")],
+    ids=["refused", "not found", "without effect"],
+)
+def test_a_kernel_that_cannot_close_connections_authorizes_none(place, monkeypatch, destroy, said):
+    """Stand-ins for CONFIG_INET_DIAG_DESTROY not set, and for worse."""
+    directory, node, pods = place
+    monkeypatch.setattr(sock_diag, "destroy", destroy)
+    assert said in bpf_selftest_destroy.run()
+    loaded = bpf_load.load(directory, node, pods)
+    assert "goes through ztunnel" in loaded and said in loaded
+    with Maps.open(directory) as maps:
+        assert maps.settings.acceleration & LAYOUT["NO_DESTROY"]
+    result = check.closing()
+    assert result.status == "warning" and said in result.detail and "CONFIG_INET_DIAG_DESTROY" in result.hint
+
+
+def test_this_kernel_closes_connections(loaded_node):
+    assert bpf_selftest_destroy.run() == ""
+    assert check.closing().status == "ok"
+    with Maps.open(loaded_node.bpffs_dir) as maps:
+        assert not maps.settings.acceleration & LAYOUT["NO_DESTROY"]
 
 
 def test_a_cgroup_that_is_not_there_is_named(place, capsys):

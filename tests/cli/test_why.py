@@ -151,6 +151,7 @@ ANY = LAYOUT["WORKLOAD_ALLOW_ANY"]
         (within(REDIRECT[0], REDIRECT[1] | ANY), "direct", "kernel"),  # this kernel cannot
         (within(REDIRECT[0], DIRECT[1] | ANY, can=1), "direct", "kernel"),  # the stricter wins
         (within(DIRECT[0], LAYOUT["WORKLOAD_OFF"] | ANY), "ztunnel", "acceleration_off"),
+        (within(DIRECT[0], DIRECT[1] | ANY, can=LAYOUT["NO_DESTROY"]), "ztunnel", "acceleration_off"),
         (within(DIRECT[0], DIRECT[1]), "ztunnel", "no_verdict"),
         (within(DIRECT[0], DIRECT[1], VerdictValue(5, 1, 4)), "direct", "kernel"),
         (within(DIRECT[0], DIRECT[1], VerdictValue(4, 1, 4)), "ztunnel", "stale_verdict"),
@@ -166,6 +167,8 @@ def test_the_path_within_a_node_is_that_of_verdict_and_acceleration(
     assert step["result"] == f"10.0.1.2:8080: {reason}, {path}"
     assert (outcome.path, outcome.allowed) == (path, True)
     assert ("shop/p" in step["why"]) is (facts[1].verdict is not None)
+    cannot_close = bool(facts[0].kernel.settings.acceleration & LAYOUT["NO_DESTROY"])
+    assert ("SOCK_DESTROY" in step["why"]) is cannot_close
 
 
 def test_a_service_with_endpoints_here_and_elsewhere_goes_both_ways() -> None:

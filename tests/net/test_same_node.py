@@ -247,7 +247,7 @@ def test_no_policy_needs_no_verdict(node, client, server):
 
 
 @pytest.mark.parametrize(
-    "what", ["remote", "waypoint", "off", "unset", "not enrolled", "client off", "not complete", "silent"]
+    "what", ["remote", "waypoint", "off", "unset", "not enrolled", "client off", "not complete", "silent", "unclosable"]
 )
 def test_what_the_kernel_may_not_decide_goes_to_ztunnel_with_the_endpoint(node, client, server, service, what):
     allow(node, server)
@@ -272,6 +272,8 @@ def test_what_the_kernel_may_not_decide_goes_to_ztunnel_with_the_endpoint(node, 
             node.reset(heartbeat_ns=time.monotonic_ns() - 16 * 10**9)
         case "not complete":
             node.reset(complete=0)
+        case "unclosable":
+            node.reset(acceleration=LAYOUT["CAN_REDIRECT"] | LAYOUT["NO_DESTROY"])
     app = client.puppet()
     slot = app.connect(VIP, 8080)
     assert captured(node, client) == ((VIP, 8080), (server.ip4, 80))
