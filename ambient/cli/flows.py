@@ -1,7 +1,7 @@
 """`ambient flows`: every live connection the mesh knows, and the path its bytes take.
 
-Kernel flows come from the map `flows`, all others from ztunnel's admin endpoint. A connection through two ztunnels is
-seen twice, once by each: as Outbound and as Inbound.
+Kernel flows come from the map `flows`, ztunnel's from its admin endpoint, and what the mesh leaves alone from the
+pods' sockets. A connection through two ztunnels is seen twice, once by each: as Outbound and as Inbound.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ import click
 from ambient.cli.filters import Filter, filter_options
 from ambient.cli.maps import read_names
 from ambient.cli.output import emit, output_option
+from ambient.cli.plain import Looker
 from ambient.cli.target import Target, find_nodes, target_options
 from ambient.cli.watch import Rates, show, ticks, watch_options
 from ambient.datapath import render
@@ -29,7 +30,7 @@ from ambient.io.flow_reader import FlowReader
 from ambient.settings import NodeSettings
 
 Row = dict[str, Any]
-PATHS = ("redirect", "direct", "ztunnel")
+PATHS = ("redirect", "direct", "ztunnel", "plain")
 _COLUMNS = ("node", "path", "source", "destination", "client", "server", "original", "sent", "received", "age_s")
 
 
@@ -87,16 +88,23 @@ def kernel_row(row: Row, sent: int, received: int) -> Row:
     }
 
 
-def kernel_flows(node: NodeSettings) -> list[Row]:
-    """Of one node: the map's entries, with their sockets asked for native bytes."""
+def kernel_flows(node: NodeSettings, path: str | None = None) -> list[Row]:
+    """Of one node, what the kernel knows: the map's entries, with their sockets asked for native bytes, and plain
+    connections. ``path`` spares what is not wanted. What cannot be looked at is said on stderr."""
     with Maps.open(node.bpffs_dir) as maps, ExitStack() as stack:
         spaces = _namespaces(node, stack)
         names = read_names(node, maps)
-        now_ns = time.monotonic_ns()
-        rows = []
-        for flow in FlowReader(maps).live(spaces.get):
-            (row,) = render.flows([(flow.key, flow.value)], names, now_ns)
-            rows.append(kernel_row(row, flow.sent, flow.received))
+        rows: list[Row] = []
+        if path != "plain":
+            now_ns = time.monotonic_ns()
+            for flow in FlowReader(maps).live(spaces.get):
+                (row,) = render.flows([(flow.key, flow.value)], names, now_ns)
+                rows.append(kernel_row(row, flow.sent, flow.received))
+        if path in (None, "plain"):
+            looker = Looker(maps, names, spaces)
+            rows += looker.rows()
+            for fault in looker.unseen:
+                click.echo(f"ambient: {node.node_name}: plain connections not shown: {fault}", err=True)
         return rows
 
 
@@ -122,7 +130,7 @@ def look(nodes: tuple[NodeSettings, ...], only: Filter, path: str | None) -> lis
     """Every row of every node. A ztunnel that does not answer is said on stderr; the kernel's flows are shown."""
     rows: list[Row] = []
     for node in nodes:
-        found: list[Row] = kernel_flows(node) if path != "ztunnel" else []
+        found: list[Row] = kernel_flows(node, path) if path != "ztunnel" else []
         if path in (None, "ztunnel"):
             try:
                 answer = ask_json(Path(node.run_dir) / "ztunnel.sock", "/connections")
@@ -130,7 +138,7 @@ def look(nodes: tuple[NodeSettings, ...], only: Filter, path: str | None) -> lis
             except PlatformFault as fault:
                 click.echo(f"ambient: {fault}", err=True)
         rows += [{"node": node.node_name, **row} for row in only.apply(found, "flows") if path in (None, row["path"])]
-    return sorted(rows, key=lambda row: (row["node"], PATHS.index(row["path"]), row["age_s"]))
+    return sorted(rows, key=lambda row: (row["node"], PATHS.index(row["path"]), row["age_s"] or 0, row["client"]))
 
 
 def with_rates(rates: Rates, now: float, rows: list[Row]) -> list[Row]:
@@ -157,12 +165,13 @@ def with_rates(rates: Rates, now: float, rows: list[Row]) -> list[Row]:
 def flows(
     path: str | None, only: Filter, watch: bool, interval: float, count: int | None, target: Target, output: str
 ) -> None:
-    """Show live connections: their path (redirect, direct or ztunnel), bytes, age and who talks to whom.
+    """Show live connections: their path (redirect, direct, ztunnel or plain), bytes, age and who talks to whom.
 
     \b
     redirect  authorized in the kernel, bytes moved from socket to socket
     direct    authorized in the kernel, plain TCP between the two pods
     ztunnel   through ztunnel; one row for each ztunnel the connection passes
+    plain     left alone, as without a mesh; one row for each enrolled pod at an end of it, age unknown
 
     \b
     Example:

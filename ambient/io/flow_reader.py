@@ -112,9 +112,5 @@ def _live(key: TupleKey, value: FlowValue, sockets: dict[int, sock_diag.TcpSocke
         if value.client.flags & CLOSED:  # known to the map; what the server may still send is lost on its way
             return LiveFlow(key, value, bytes_sent(value), bytes_received(value))
         return LiveFlow(key, value, -1, -1)
-    # The SYN counts as a byte, and so does a FIN, which only a closing connection has: the states say which.
-    finished = client.state in (5, 6, 9, 11)
-    ended = client.state in (8, 9, 11)
-    sent = max(0, client.sent - 1 - int(finished))
-    received = max(0, client.received - int(ended))
+    sent, received = sock_diag.data_bytes(client, accepted=False)
     return LiveFlow(key, value, sent + value.client.redirect_bytes, received + value.server.redirect_bytes)

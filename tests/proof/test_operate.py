@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from contextlib import ExitStack
 from dataclasses import replace
 
 import pytest
@@ -21,6 +22,12 @@ SECRET = "plain-to-see-48151623"
 @pytest.fixture(scope="module")
 def shop(mesh: Mesh) -> Iterator[str]:
     with mesh.namespace(pod("a", "node1"), pod("b", "node2"), pod("c", "node1"), service("b"), service("c")) as name:
+        yield name
+
+
+@pytest.fixture(scope="module")
+def outside(mesh: Mesh) -> Iterator[str]:
+    with mesh.namespace(pod("x", "node1"), enrolled=False) as name:
         yield name
 
 
@@ -131,3 +138,47 @@ def test_a_verdict_that_was_changed_is_drift_and_is_repaired(mesh: Mesh, shop: s
         assert row["repaired"]
         assert ambient(mesh, "diff") == []
     mesh.remove(shop, "authorizationpolicy", "only-a")
+
+
+def test_what_the_mesh_leaves_alone_is_shown_as_plain_and_nothing_else_is(mesh: Mesh, shop: str, outside: str) -> None:
+    def plain(*words: str) -> list[dict[str, object]]:
+        return ambient(mesh, "flows", "--path", "plain", *words)
+
+    hold = ["python3", str(APPS / "call.py"), "--hold"]
+    x = mesh.address(outside, "x")
+    with ExitStack() as stack:
+        for namespace, client, host, port in (
+            (shop, "a", x, PORT),  # out of the mesh
+            (shop, "a", mesh.vip(shop, "b"), 80),  # by ztunnel
+            (shop, "a", mesh.vip(shop, "c"), 80),  # by the kernel
+            (outside, "x", mesh.address(shop, "b"), PORT),  # into the mesh: ztunnel takes it
+        ):
+            held = stack.enter_context(mesh.background(namespace, client, *hold, host, str(port)))
+            held.await_output("echoed")
+        (row,) = eventually(lambda: plain("-n", shop), 5, "the plain connection")
+        about = row["node"], row["source"], row["destination"], row["direction"], row["reason"]
+        assert about == ("node1", f"{shop}/a", f"{outside}/x", "outbound", "not_mesh")
+        assert row["server"] == f"{x}:{PORT}" and row["sent"] == len("hello") and row["age_s"] is None
+        assert isinstance(row["received"], int) and row["received"] > len("hello")
+        assert plain("--pod", f"{shop}/c") == [] and plain("--pod", f"{shop}/b") == []
+        paths = {r["destination"]: r["path"] for r in ambient(mesh, "flows", "--pod", f"{shop}/a", "--node", "node1")}
+        assert paths == {f"{outside}/x": "plain", f"{shop}/b": "ztunnel", f"{shop}/c": "direct"}
+        look = mesh.ambient("flows", "--watch", "--count", "1", "--path", "plain", "--lab", mesh.lab.name)
+        assert f"{outside}/x" in look and "BYTES S" in look
+    eventually(lambda: not plain("-n", shop), 10, "the connection to go")
+
+
+def test_a_bypassed_connection_is_plain_at_both_its_ends(mesh: Mesh, shop: str) -> None:
+    command = ["python3", str(APPS / "call.py"), "--hold", mesh.address(shop, "b"), str(PORT)]
+    ambient(mesh, "bypass", "on", "--namespace", shop)
+    try:
+        with mesh.background(shop, "a", *command) as held:
+            held.await_output("echoed")
+            rows = ambient(mesh, "flows", "--path", "plain", "-n", shop)
+            seen = {(r["node"], r["direction"], r["source"], r["destination"], r["reason"], r["sent"]) for r in rows}
+            assert seen == {
+                ("node1", "outbound", f"{shop}/a", f"{shop}/b", "bypass", 5),
+                ("node2", "inbound", f"{shop}/a", f"{shop}/b", "bypass", 5),
+            }
+    finally:
+        ambient(mesh, "bypass", "off", "--namespace", shop)
