@@ -31,7 +31,19 @@ from ambient.settings import NodeSettings
 
 Row = dict[str, Any]
 PATHS = ("redirect", "direct", "ztunnel", "plain")
-_COLUMNS = ("node", "path", "source", "destination", "client", "server", "original", "sent", "received", "age_s")
+_COLUMNS = (
+    "node",
+    "path",
+    "source",
+    "destination",
+    "client",
+    "server",
+    "original",
+    "sent",
+    "received",
+    "redirected",
+    "age_s",
+)
 
 
 def ztunnel_row(found: Row) -> Row:

@@ -190,27 +190,28 @@ class Demo:
         expect({row["original"] for row in rows} >= {f"{vip}:80" for vip in services}, f"not both are listed: {rows}")
 
     def same_node(self) -> None:
-        """ambient flows: within a node the kernel itself authorizes, and no proxy is on the path."""
-        program = (
-            "import socket,sys; held=[socket.create_connection((h,80),5) for h in ('frontend','catalog')];"
-            "print('open', flush=True); sys.stdin.read()"
-        )
-        with self.driver.background("shop", "client", "python3", "-c", program) as held:
-            held.await_output("open")
-            rows = eventually(
-                lambda: [
-                    r for r in self.driver.rows("flows") if r["source"] == "shop/client" and r["path"] == "direct"
-                ],
-                5,
-                "the kernel flow from client to frontend",
+        """ambient flows: within a node the kernel authorizes, and moves the bytes of the pair that opted in."""
+        urls = [f"http://{service}/whoami" for service in ("frontend", "cart", "catalog")]
+        with self.driver.background("shop", "client", "python3", "browse.py", *urls) as held:
+            held.await_output("open", 30)
+            paths = eventually(lambda: self._paths("shop/client", len(urls)), 5, "the client's connections")
+            words = "flows", "--pod", "shop/client", "--node", paths["frontend"]["node"]
+            for line in self.driver.ambient(*words, "--lab", self.driver.lab.name).splitlines():
+                self._say(line)
+        found = self._capabilities(paths["frontend"]["node"])
+        auto, opted_in = ("redirect" if word in found else "direct" for word in ("auto_redirect", "can_redirect"))
+        self._say(f"client and cart opted in (ambient.mesh/acceleration: redirect); auto means {auto} on this kernel")
+        if opted_in == "direct":
+            self._say(
+                f"redirection is off on this kernel ({', '.join(found) or 'not tested'}): such a pair is direct too"
             )
-            for row in [r for r in self.driver.rows("flows") if r["source"] == "shop/client"]:
-                self._say(f"{row['path']:8} on {row['node']}: {row['source']} -> {row['destination']}")
-        frontend = self.driver.pods("shop")["frontend"]["metadata"]["name"]
-        expect(
-            {row["destination"] for row in rows} == {f"shop/{frontend}"},
-            f"only the frontend, on the client's own node, is reached without a proxy: {rows}",
-        )
+        else:
+            redirected, sent = paths["cart"]["redirected"], paths["cart"]["sent"] + paths["cart"]["received"]
+            self._say(f"client -> cart: {redirected} of {sent} bytes went from socket to socket")
+            expect(redirected > 0, "no byte between client and cart was redirected")
+        expected = {"frontend": auto, "cart": opted_in, "catalog": "ztunnel"}
+        taken = {app: row["path"] for app, row in paths.items()}
+        expect(taken == expected, f"the paths are {taken} instead of {expected}")
 
     def policy(self) -> None:
         """An AuthorizationPolicy lets frontend ask the catalog, and nobody else."""
@@ -302,6 +303,18 @@ class Demo:
 
     def _redirects(self, source: str) -> list[dict[str, Any]]:
         return [row for row in self.driver.rows("maps", "redirects") if row["source"] == source]
+
+    def _paths(self, source: str, count: int) -> dict[str, dict[str, Any]]:
+        """The kernel's or ztunnel's row of each connection from a pod, by the app it goes to; empty until all show."""
+        pods = {pod["metadata"]["name"]: app for app, pod in self.driver.pods("shop").items()}
+        rows = [r for r in self.driver.rows("flows") if r["source"] == source and r["direction"] != "inbound"]
+        found = {pods[r["destination"].rpartition("/")[2]]: r for r in rows}
+        return found if len(found) == count else {}
+
+    def _capabilities(self, node: str) -> list[str]:
+        """What the loader found a node's kernel able to do with connections within it."""
+        rows = self.driver.rows("maps", "settings", "--node", node)
+        return next((list(row["value"]) for row in rows if row["setting"] == "acceleration"), [])
 
     def _denial_line(self) -> str:
         for node in ("node1", "node2"):

@@ -17,6 +17,7 @@ from urllib.parse import parse_qs, urlsplit
 
 PORT = int(os.environ.get("PORT", "8080"))
 TIMEOUT_S = 10
+IDLE_S = 60
 
 
 class Refused(Exception):
@@ -74,6 +75,9 @@ def serve(name, paths):
 
     class Handler(BaseHTTPRequestHandler):
         protocol_version = "HTTP/1.1"
+        # With a timeout the socket is non-blocking and Python waits for it with poll(): fit to be redirected.
+        timeout = IDLE_S
+        wbufsize = -1  # an answer in one piece: in two, the second waits for the first's acknowledgement
 
         def do_GET(self):
             call = Call(self)

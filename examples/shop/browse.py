@@ -1,0 +1,31 @@
+"""Ask each URL many times over one connection, then keep all connections open until standard input ends.
+
+`python3 browse.py [--count N] URL...`. Prints "open" once every answer has come. A socket with a timeout is
+non-blocking and Python waits for it with poll(), so these connections qualify for redirection,
+as do those that service.py accepts.
+"""
+
+import argparse
+import http.client
+import sys
+from urllib.parse import urlsplit
+
+parser = argparse.ArgumentParser()
+parser.add_argument("urls", nargs="+")
+parser.add_argument("--count", type=int, default=100)
+parser.add_argument("--timeout", type=float, default=10.0)
+arguments = parser.parse_args()
+
+held = []
+for url in arguments.urls:
+    parts = urlsplit(url)
+    connection = http.client.HTTPConnection(parts.hostname, parts.port or 80, timeout=arguments.timeout)
+    for _ in range(arguments.count):
+        connection.request("GET", parts.path or "/")
+        response = connection.getresponse()
+        response.read()
+        if response.status != 200:
+            sys.exit(f"{url}: {response.status}")
+    held.append(connection)
+print("open", flush=True)
+sys.stdin.read()
