@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -20,7 +21,7 @@ def test_every_step_of_the_demo_is_as_said_and_both_ways_within_a_node_are_shown
     argv = [sys.executable, "-m", "ambient", "demo", "--name", name]
     done = subprocess.run(argv, capture_output=True, text=True, timeout=300, check=False)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
-    assert "All as said" in done.stdout and not Lab(name).kubeconfig.exists()
+    assert "All as said" in done.stdout and not Path(Lab(name).directory).exists()
     rows = [line.split() for line in done.stdout.splitlines() if "shop/client" in line]
     paths = {
         row[3].partition("-")[0]: (row[1], int(row[-2])) for row in rows if row[1:2] and row[3].startswith("shop/")
