@@ -14,6 +14,7 @@ from __future__ import annotations
 import ctypes
 import mmap
 import os
+import struct
 from collections.abc import Iterator
 from typing import Final
 
@@ -22,6 +23,7 @@ from ambient.io import bpf_sys
 _BUSY: Final = 1 << 31
 _DISCARD: Final = 1 << 30
 _HEADER: Final = 8
+_WORD: Final = struct.Struct("<I")
 
 
 class RingReader:
@@ -50,17 +52,28 @@ class RingReader:
         self._producer.close()
         os.close(self._fd)
 
-    def read(self, limit: int = 1024) -> Iterator[bytes]:
-        """Records, oldest first. One counts as consumed when the next is asked for, or the loop ends well."""
-        for _ in range(limit):
-            at = self._position.value
-            if at >= int.from_bytes(self._producer[:8], "little"):
-                return
+    def peek(self, limit: int = 1024) -> tuple[list[bytes], int]:
+        """Records, oldest first, and the position behind them, for `consume` once they are used."""
+        found: list[bytes] = []
+        produced = int.from_bytes(self._producer[:8], "little")
+        at = int(self._position.value)
+        while at < produced and len(found) < limit:
             offset = self._data + at % self._size
-            header = int.from_bytes(self._producer[offset : offset + 4], "little")
+            (header,) = _WORD.unpack_from(self._producer, offset)
             if header & _BUSY:
-                return  # reserved and not yet submitted; those behind it have to wait
-            length = header & ~(_BUSY | _DISCARD)
+                break  # reserved and not yet submitted; those behind it have to wait
+            length = header & ~_DISCARD
             if not header & _DISCARD:
-                yield self._producer[offset + _HEADER : offset + _HEADER + length]
-            self._position.value = at + ((length + _HEADER + 7) & ~7)
+                found.append(self._producer[offset + _HEADER : offset + _HEADER + length])
+            at += (length + _HEADER + 7) & ~7
+        return found, at
+
+    def consume(self, position: int) -> None:
+        """Give the room of what was read up to there back to the programs."""
+        self._position.value = position
+
+    def read(self, limit: int = 1024) -> Iterator[bytes]:
+        """Records, oldest first; all count as consumed when the first is given."""
+        records, position = self.peek(limit)
+        self.consume(position)
+        yield from records

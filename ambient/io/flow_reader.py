@@ -2,7 +2,8 @@
 
 A flow that ends is deleted from `flows` by whoever reports it, so it is either in the ring buffer or, when that was
 full, still in the map: `closed` reads the one, `sweep` takes the other. The ring buffer's position lives in the kernel,
-so what ends while nobody reads is read later. Lost is only what a process had read and not yet used when it was killed.
+so what ends while nobody reads is read later. Lost is only what `closed` had read and a killed process had not yet
+used; `ended` and `consume` lose nothing.
 """
 
 from __future__ import annotations
@@ -75,12 +76,24 @@ class FlowReader:
         for raw in self._reader().read(limit):
             yield FlowEvent.decode(raw)
 
+    def ended(self, limit: int) -> tuple[list[bytes], int]:
+        """The same as undecoded flow_events, and the position for `consume` once they are used."""
+        return self._reader().peek(limit)
+
+    def consume(self, position: int) -> None:
+        self._reader().consume(position)
+
     def sweep(self) -> Iterator[FlowEvent]:
         """Flows that ended and found no room in the ring buffer."""
+        for raw in self.sweep_raw():
+            yield FlowEvent.decode(raw)
+
+    def sweep_raw(self) -> Iterator[bytes]:
+        """The same as undecoded flow_events."""
         table = self._maps.tables["flows"]
         for raw, value in table.items():
             if is_over(FlowValue.decode(value)) and (taken := table.take(raw)) is not None:
-                yield FlowEvent(TupleKey.decode(raw), FlowValue.decode(taken), time.monotonic_ns())
+                yield raw + taken + time.monotonic_ns().to_bytes(8, "little")
 
     def live(self, netns_of: NetnsOf, wanted: Iterable[tuple[TupleKey, FlowValue]] | None = None) -> list[LiveFlow]:
         """Flows that are not over, with both directions' bytes, asked of the client's socket. Raises BpfFault."""

@@ -79,11 +79,12 @@ def fields(event: ConnectionEvent, ends: Ends) -> dict[str, Value]:
     return found
 
 
+def _text(key: str, value: Value) -> str:
+    return str(value) if isinstance(value, int) or key in _ADDRESSES else json.dumps(value)
+
+
 def text_line(event: ConnectionEvent, ends: Ends) -> str:
-    pairs = " ".join(
-        f"{key}={value if isinstance(value, int) or key in _ADDRESSES else json.dumps(value)}"
-        for key, value in fields(event, ends).items()
-    )
+    pairs = " ".join(f"{key}={_text(key, value)}" for key, value in fields(event, ends).items())
     return f"{timestamp(event.at)}\t{level_name(level_of(event))}\t{SCOPE}\t{message_of(event)}\t{pairs}"
 
 
@@ -95,6 +96,23 @@ def json_line(event: ConnectionEvent, ends: Ends) -> str:
         "message": message_of(event),
     }
     return json.dumps({**head, **fields(event, ends)})
+
+
+def template(event: ConnectionEvent, ends: Ends, form: str) -> str:
+    """The line of an event that ended a connection, with ``%s`` in place of, in this order: the time, the port of
+    the source, bytes sent, bytes received, milliseconds. It ends with a line feed."""
+    quote = '"' if form == "json" else ""
+    host = event.source_address.rpartition(":")[0]
+    own = {"src.addr": f"{quote}{host}:%s{quote}", "bytes_sent": "%s", "bytes_recv": "%s", "duration": '"%sms"'}
+    level, message = level_name(level_of(event)), message_of(event)
+    found = {
+        key: own[key] if key in own else (json.dumps(value) if form == "json" else _text(key, value)).replace("%", "%%")
+        for key, value in fields(event, ends).items()
+    }
+    if form != "json":
+        return f"%s\t{level}\t{SCOPE}\t{message}\t" + " ".join(f"{key}={value}" for key, value in found.items()) + "\n"
+    head = {"level": f'"{level}"', "time": '"%s"', "scope": f'"{SCOPE}"', "message": f'"{message}"'}
+    return "{" + ", ".join(f'"{key}": {value}' for key, value in {**head, **found}.items()) + "}\n"
 
 
 def line(event: ConnectionEvent, ends: Ends, form: str) -> str | None:

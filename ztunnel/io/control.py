@@ -38,6 +38,7 @@ from ztunnel.io import access_log, logs
 from ztunnel.io.admin import Admin
 from ztunnel.io.certificates import Certificates, Create
 from ztunnel.io.dns import DnsProxy
+from ztunnel.io.flow_groups import Group
 from ztunnel.io.kernel_flows import KernelFlows
 from ztunnel.io.metrics import Metrics, product_version
 from ztunnel.io.worker_link import WorkerLink
@@ -83,6 +84,7 @@ class Control:
         self._flows = KernelFlows(
             settings,
             lambda events: self._record(KERNEL, messages.Events(events=tuple(events))),
+            self._record_groups,
             lambda: (self._decisions.world, self._decisions.local),
         )
         self._admin = Admin(settings, self)
@@ -287,6 +289,21 @@ class Control:
         if lines:
             logs.write_lines(lines)
         self._metrics.add_counters(batch.counters)
+
+    def _record_groups(self, groups: list[Group]) -> None:
+        """Flows of the kernel that ended; those of each group are taken from it."""
+        logged = logging.getLogger(access_log.SCOPE).isEnabledFor(logging.INFO)
+        at = logs.timestamp(time.time())
+        lines: list[str] = []
+        for group in groups:
+            flows, group.flows = group.flows, []
+            sent, received = sum(flow[1] for flow in flows), sum(flow[2] for flow in flows)
+            for told in group.told:
+                self._metrics.record_ended(told.event, told.ends, len(flows), sent, received)
+                if logged:
+                    lines += [told.line % (at, *flow) for flow in flows]
+        if lines:
+            logs.write("".join(lines))
 
     # --- the control plane
 

@@ -3,8 +3,9 @@
 Both reporters are this node's, because both ends are. A flow is known when it closes, by the ring buffer, and while it
 lives by a look each `PROGRESS_S`, which gives long ones their bytes. Counted exactly once while this process lives: the
 kernel keeps what nobody read. Across a restart the bytes already told are in `kernel_flows.json` of the run directory;
-lost is what was told after it was last written (`PROGRESS_S` of one flow's bytes may count twice), and flows whose
-record was read when the process was killed. One process reads at a time; the next waits for the lock.
+lost is what was told after it was last written (`PROGRESS_S` of one flow's bytes may count twice). A record stays in
+the kernel until it was told of, so a kill in between repeats lines of the log. One process reads at a time; the next
+waits for the lock.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from typing import Any, Final
 import msgspec
 
 from ambient.datapath.render import socket_text
-from ambient.datapath.values import FlowValue, TupleKey
+from ambient.datapath.values import FlowEvent, FlowValue, TupleKey
 from ambient.errors import AmbientError
 from ambient.io.bpf_maps import Maps
 from ambient.io.flow_reader import FlowReader, bytes_received, bytes_sent
@@ -31,12 +32,18 @@ from ambient.model.address import parse_ip
 from ambient.model.world import World
 from ambient.node.messages import Pod
 from ambient.settings import NodeSettings
+from ztunnel.core.attributes import describe
 from ztunnel.core.local import Local, identity_of
 from ztunnel.core.messages import ConnectionEvent
+from ztunnel.io import access_log
+from ztunnel.io.flow_groups import Group, Groups, Told
 
 PROGRESS_S: Final = 10.0
+READ_S: Final = 0.05
+"""From the first flow that ended to the look at it and all that ended meanwhile: one wake-up for many."""
 RETRY_S: Final = 1.0
 BATCH: Final = 512
+READS_MAX: Final = 16
 _log = logging.getLogger("ztunnel.kernel_flows")
 
 
@@ -50,17 +57,24 @@ class _Known:
 
 
 class KernelFlows:
-    """``tell`` takes events of both reporters; ``see`` gives World and pods as they are now."""
+    """``tell`` takes events of both reporters, ``tell_groups`` flows whose opening was not told; ``see`` gives World
+    and pods as they are now."""
 
     def __init__(
         self,
         settings: NodeSettings,
         tell: Callable[[list[ConnectionEvent]], None],
+        tell_groups: Callable[[list[Group]], None],
         see: Callable[[], tuple[World | None, Local]],
     ) -> None:
         self._bpffs = settings.bpffs_dir
         self._run_dir = Path(settings.run_dir)
+        self._log_format = settings.log_format
         self._tell = tell
+        self._tell_groups = tell_groups
+        self._groups = Groups(self._group)
+        self._seen: tuple[World | None, Local | None] = (None, None)
+        self._soon: asyncio.TimerHandle | None = None
         self._see = see
         self._netns: dict[str, tuple[int, int]] = {}
         self._known: dict[int, _Known] = {}
@@ -112,36 +126,91 @@ class KernelFlows:
         reader = self._reader = FlowReader(maps)
         loop = asyncio.get_running_loop()
         try:
-            loop.add_reader(reader.fileno(), self.read)
-            self.read()
+            loop.add_reader(reader.fileno(), self._readable, loop, reader.fileno())
             while True:
                 self._look(reader)
                 await asyncio.sleep(PROGRESS_S)
         finally:
             self._reader = None
+            if self._soon is not None:
+                self._soon.cancel()
+                self._soon = None
             with contextlib.suppress(OSError, AmbientError):
                 loop.remove_reader(reader.fileno())
             reader.close()
 
+    def _readable(self, loop: asyncio.AbstractEventLoop, fd: int) -> None:
+        """The kernel wakes nobody up while there is something unread, so a look some time later finds many."""
+        loop.remove_reader(fd)
+        self._soon = loop.call_later(READ_S, self._read_soon, loop, fd)
+
+    def _read_soon(self, loop: asyncio.AbstractEventLoop, fd: int) -> None:
+        self._soon = None
+        if self._read_batch():
+            self._soon = loop.call_later(0, self._read_soon, loop, fd)
+        elif self._reader is not None:
+            loop.add_reader(fd, self._readable, loop, fd)
+
     def read(self) -> None:
         """Tell of what the ring buffer holds."""
+        for _ in range(READS_MAX):
+            if not self._read_batch():
+                return
+
+    def _read_batch(self) -> bool:
+        """Tell of some of it; whether there may be more."""
         if self._reader is None:
-            return
-        events: list[ConnectionEvent] = []
+            return False
         try:
-            for closed in self._reader.closed(BATCH):
-                events += self._closed(closed.key, closed.value, closed.closed_ns)
-        except (AmbientError, OSError, ValueError) as error:
+            records, position = self._reader.ended(BATCH)
+        except (AmbientError, OSError) as error:
             _log.error("ring buffer of closed flows: %s", error)
+            return False
+        try:
+            self._ended(records)
+        finally:
+            self._reader.consume(position)
+        return len(records) == BATCH
+
+    def _ended(self, records: list[bytes]) -> None:
+        """Tell of flow_events: in groups what can be, one by one what was told of while it lived."""
+        if not records:
+            return
+        world, local = self._see()
+        if world is not self._seen[0] or local is not self._seen[1]:
+            self._seen = (world, local)
+            self._groups.clear()
+        groups: list[Group] = []
+        single = records
+        if not logging.getLogger(access_log.SCOPE).isEnabledFor(logging.DEBUG):  # else each opening has a line
+            groups, single = self._groups.sort(records, self._known, self._before)
+        if groups:
+            self._tell_groups(groups)
+        events: list[ConnectionEvent] = []
+        for raw in single:
+            try:
+                closed = FlowEvent.decode(raw)
+                events += self._closed(closed.key, closed.value, closed.closed_ns)
+            except ValueError as error:
+                self._count("kernel_flow_unreadable")
+                _log.error("record of a closed flow: %s", error)
         if events:
             self._tell(events)
+
+    def _group(self, raw: bytes) -> Group:
+        closed = FlowEvent.decode(raw)
+        world, local = self._see()
+        told: list[Told] = []
+        for event in self._pair(closed.key, closed.value, "closed", _Known(0, 0, 0), 0, 0, closed.closed_ns):
+            ends = describe(world, local, event)
+            told.append(Told(event, ends, access_log.template(event, ends, self._log_format)))
+        return Group(tuple(told))
 
     def _look(self, reader: FlowReader) -> None:
         """Tell of what found no room in the ring buffer, and of the progress of what lives."""
         self.read()
+        self._ended(list(reader.sweep_raw()))
         events: list[ConnectionEvent] = []
-        for closed in reader.sweep():
-            events += self._closed(closed.key, closed.value, closed.closed_ns)
         now = time.monotonic_ns()
         for flow in reader.live(self._netns_of):
             if flow.sent >= 0 and flow.value.server.cookie:

@@ -66,7 +66,12 @@ class _Stdout(logging.Handler):
 
 def write_lines(lines: Iterable[str]) -> None:
     """Write whole lines to stdout; dropped if nobody can read them."""
-    raw = "".join(f"{line}\n" for line in lines).encode("utf-8", "backslashreplace")
+    write("".join(f"{line}\n" for line in lines))
+
+
+def write(text: str) -> None:
+    """The same with a line feed at the end of each."""
+    raw = text.encode("utf-8", "backslashreplace")
     while raw:
         try:
             raw = raw[os.write(STDOUT, raw) :]

@@ -213,6 +213,19 @@ class Metrics:
             self._close(key, bound, event)
         return bound
 
+    def record_ended(self, event: ConnectionEvent, ends: Ends, count: int, sent: int, received: int) -> None:
+        """Count so many connections alike, whose opening was not told: opened and closed, with their bytes in all."""
+        series = self._bind(event, ends).series
+        if series is None:
+            self._dropped.inc(count - 1)  # one was counted just now
+            return
+        series.opened.inc(count)
+        series.closed.inc(count)
+        if sent > 0:
+            series.sent.inc(sent)
+        if received > 0:
+            series.received.inc(received)
+
     def worker_gone(self, worker: int) -> None:
         """Its connections ended with it."""
         for key, bound in [(k, b) for k, b in self._bound.items() if k[0] == worker]:
