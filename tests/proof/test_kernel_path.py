@@ -18,6 +18,7 @@ from ambient.io.admin_client import ask, ask_json
 from ambient.io.bpf_maps import Maps
 from ambient.lab.driver import eventually
 from ambient.manifest.acceleration import ACCELERATION
+from tests.support.kernel_path import Counted, await_kernel_path, into
 from tests.support.mesh import APPS, PORT, Mesh, authorization, pod, service
 
 pytestmark = [pytest.mark.lab, pytest.mark.net]
@@ -43,28 +44,6 @@ def strict(name: str = "default") -> dict[str, Any]:
 
 def principal(namespace: str, account: str) -> str:
     return f"{TRUST}/ns/{namespace}/sa/{account}"
-
-
-class Counted:
-    """How often reasons were counted on node1 inside the block."""
-
-    def __init__(self, maps: Maps) -> None:
-        self._maps = maps
-        self._before = maps.counters()
-
-    def __getitem__(self, reason: str) -> int:
-        return self._maps.counters().get(reason, 0) - self._before.get(reason, 0)
-
-
-def takes_the_kernel_path(mesh: Mesh, maps: Maps, namespace: str, host: str, port: int) -> dict[str, Any] | None:
-    counted = Counted(maps)
-    found = mesh.call(namespace, "a", host, port)
-    return found if found.get("echoed") == "hello" and counted["kernel"] >= 2 and not counted["captured"] else None
-
-
-def await_kernel_path(mesh: Mesh, maps: Maps, namespace: str, host: str, port: int) -> None:
-    """The World has to know both pods before a verdict can be written."""
-    eventually(lambda: takes_the_kernel_path(mesh, maps, namespace, host, port) is not None, 20, "the kernel path")
 
 
 @contextmanager
@@ -157,11 +136,6 @@ def connections(mesh: Mesh) -> list[Any]:
     found = ask_json(mesh.node_dir("node1") / "ztunnel.sock", "/connections")
     rows: list[Any] = found if isinstance(found, list) else found.get("connections", [])
     return rows
-
-
-def into(maps: Maps, address: str) -> list[Any]:
-    """Flows to the pod at an address: others of the session's lab are nobody's business here."""
-    return [(key, flow) for key, flow in maps.flows.items() if key.local == address]
 
 
 class holding:

@@ -109,3 +109,63 @@ def children(pid: int) -> dict[int, str]:
         except OSError:
             continue
     return found
+
+
+class Steady:
+    """Connections that stay open and move bytes, or the server of such. See tests/proof/clients/steady.c."""
+
+    def __init__(self, background: Background) -> None:
+        self._background = background
+
+    def _ask(self, command: str, limit_s: float = 10.0, answer: str = '{"open"') -> dict[str, Any]:
+        stdin = self._background.process.stdin
+        assert stdin is not None
+        stdin.write(command + "\n")
+        stdin.flush()
+        found: dict[str, Any] = json.loads(self._background.await_output(answer, limit_s))
+        return found
+
+    @property
+    def said(self) -> str:
+        """The first of what it complained of."""
+        return "; ".join(self._background.skipped[:5])
+
+    def report(self) -> dict[str, Any]:
+        return self._ask("report")
+
+    def kill(self, pid: int) -> dict[str, Any]:
+        """Signal a process with SIGKILL; the report as of that moment."""
+        return self._ask(f"kill {pid} 9")
+
+    def ports(self) -> set[int]:
+        """Local ports of the open connections."""
+        return set(self._ask("ports", answer='{"ports"')["ports"])
+
+    def finish(self, limit_s: float = 20.0) -> dict[str, Any]:
+        """End all connections properly; the report when all have ended."""
+        return self._ask("finish", limit_s)
+
+
+@contextmanager
+def steady_server(mesh: Mesh, namespace: str, name: str, port: int) -> Iterator[Steady]:
+    with mesh.background(namespace, name, built("steady"), "serve", str(port)) as running:
+        running.await_output("listening")
+        yield Steady(running)
+
+
+@contextmanager
+def steady(
+    mesh: Mesh,
+    namespace: str,
+    name: str,
+    mode: str,
+    *targets: str,
+    count: int = 1,
+    size: int = 4096,
+    pause_us: int = 40000,
+) -> Iterator[Steady]:
+    """``count`` connections to each ADDRESS:PORT; begins when all are connected."""
+    words = [built("steady"), "drive", mode, str(size), str(pause_us), str(count), *targets]
+    with mesh.background(namespace, name, *words) as running:
+        running.await_output("connected")
+        yield Steady(running)
