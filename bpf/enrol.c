@@ -35,6 +35,11 @@ static __always_inline void look(struct __sk_buff *skb, struct tuple_key *key, s
 	} else if (!(end->sighting & END_NONBLOCK)) {
 		end->sighting |= END_NONBLOCK;
 		end->seen_seq = consumed;
+	} else if (consumed != end->seen_seq && sock_edge(sock)) {
+		/* It could only send by redirection, and pays for being in a sockhash: FIONREAD, by which nginx knows that
+		 * there is more to read, does not count native bytes there on some kernels. */
+		end->sighting |= END_EDGE;
+		count(REASON_REDIRECT_EDGE);
 	} else if (consumed != end->seen_seq) {
 		if (sockets.insert(key, sk))
 			goto out;
@@ -71,7 +76,7 @@ int enrol(struct __sk_buff *skb)
 			return TC_NEXT;
 		end = &flow->client;
 	}
-	if (flow->acceleration != ACCELERATION_REDIRECT || end->sighting & (END_INSERTED | END_ZEROCOPY) ||
+	if (flow->acceleration != ACCELERATION_REDIRECT || end->sighting & (END_INSERTED | END_ZEROCOPY | END_EDGE) ||
 	    end->lookups >= LOOKS_MAX || !end->cookie)
 		return TC_NEXT;
 	now = bpf_ktime_get_ns();

@@ -9,9 +9,12 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import errno
+import fcntl
 import os
+import select
 import socket
 import struct
+import termios
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Final
@@ -28,6 +31,7 @@ _TCP_ULP: Final = 31
 _SPLICE_NONBLOCK: Final = 2
 _SENDER, _RECEIVER = 0, 1
 _CHARGE: Final = 10_000
+_READABLE_S: Final = 1.0
 
 _libc = ctypes.CDLL(None, use_errno=True)
 
@@ -67,12 +71,15 @@ def _inside() -> Found:
         said = f"redirection is off: of {_CHARGE} redirected bytes the kernel charges {charged} to the receiver"
         return Found(LAYOUT["NO_CHARGE"], (f"{said} (6.13, 6.1.123 and newer charge all)",))
     bits, said_all = LAYOUT["CAN_REDIRECT"], []
-    spliced = _spliced()
-    if spliced == b"onetwo":
-        bits |= LAYOUT["AUTO_REDIRECT"]
-    else:
+    spliced, counted = _spliced(), _counted()
+    if spliced != b"onetwo":
         got = spliced.decode("ascii") or "nothing"
         said_all.append(f"acceleration auto means direct: splice() of redirected bytes gives {got} instead of onetwo")
+    if counted != (3, 3):
+        said = f"FIONREAD counts {counted[0]} of 3 redirected and {counted[1]} of 3 native bytes"
+        said_all.append(f"acceleration auto means direct: {said}")
+    if not said_all:
+        bits |= LAYOUT["AUTO_REDIRECT"]
     if _allows_ulp():
         bits |= LAYOUT["ULP_ALLOWED"]
     return Found(bits, tuple(said_all))
@@ -80,8 +87,6 @@ def _inside() -> Found:
 
 def loopback_up() -> None:
     """Of the namespace of this thread. Raises OSError."""
-    import fcntl
-
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock:
         fcntl.ioctl(sock, 0x8914, struct.pack("=16sH22x", b"lo", 1))  # SIOCSIFFLAGS, IFF_UP
 
@@ -182,6 +187,23 @@ def _spliced() -> bytes:
         finally:
             os.close(out)
             os.close(into)
+
+
+def _counted() -> tuple[int, int]:
+    """What FIONREAD says of three redirected bytes, and of three native ones."""
+    with _pair() as pair:
+        pair.sender.send(b"one")
+        redirected = _unread(pair.receiver)
+        pair.receiver.recv(4096)
+        pair.go_native()
+        pair.sender.send(b"two")
+        return redirected, _unread(pair.receiver)
+
+
+def _unread(sock: socket.socket) -> int:
+    """FIONREAD once the socket is readable."""
+    select.select((sock,), (), (), _READABLE_S)
+    return int(struct.unpack("=i", fcntl.ioctl(sock, termios.FIONREAD, bytes(4)))[0])
 
 
 def _allows_ulp() -> bool:

@@ -48,6 +48,7 @@ _NAMED: Final = {
     "OFF_EPOLL_ENTRY": ("eppoll_entry", "wait.entry.next", 8),
     "OFF_EPOLL_BASE": ("eppoll_entry", "base", 8),
     "OFF_EPITEM_EVENTS": ("epitem", "event.events", 4),
+    "OFF_EPITEM_FILE": ("epitem", "ffd.file", 8),
 }
 """Macro of bpf/include/redirect.h -> structure, field, bytes read. All are needed."""
 _MEMCG: Final = {

@@ -83,7 +83,7 @@ enum reason {
 	REASON_REDIRECT_PRESSED = 34,   /* memory may be short: the message went native, instead of ENOMEM for its sender */
 	REASON_REDIRECT_ZEROCOPY = 35,  /* sender uses SO_ZEROCOPY: not put into the sockhash */
 	REASON_REDIRECT_OPTION = 36,    /* TCP_ULP or SO_ZEROCOPY on a socket of the sockhash refused */
-	REASON_REDIRECT_EDGE = 37,      /* somebody waits for the receiver edge-triggered: the message went native */
+	REASON_REDIRECT_EDGE = 37,      /* somebody waits edge-triggered: not put into the sockhash, or the message went native */
 	REASON_MAX = 38,
 };
 
@@ -317,6 +317,7 @@ _Static_assert(sizeof(struct origin_value) == 48, "origin_value");
 #define END_NONBLOCK 1          /* its file was O_NONBLOCK when last seen */
 #define END_INSERTED 2          /* it is, or was, in `sockets` */
 #define END_ZEROCOPY 4          /* SO_ZEROCOPY is set: never inserted */
+#define END_EDGE 8              /* somebody waits for it edge-triggered: never inserted */
 
 /* flow_value.flags */
 #define FLOW_UNREPORTED 1       /* both ends are closed and the ring buffer was full: the reader sweeps it */
@@ -334,7 +335,7 @@ struct flow_end {
 	__u32 queued_messages;      /* redirected since the receiver's sk_rmem_alloc last read 0 */
 	__u32 state;                /* FLOW_* */
 	__u32 flags;                /* END_CLOSED */
-	__u32 sighting;             /* END_NONBLOCK, END_INSERTED, END_ZEROCOPY */
+	__u32 sighting;             /* END_NONBLOCK, END_INSERTED, END_ZEROCOPY, END_EDGE */
 	__u32 seen_seq;             /* copied_seq when first seen O_NONBLOCK, then when inserted */
 	__u32 lookups;              /* of the socket by the tc program, which are bounded */
 };

@@ -73,13 +73,14 @@ static __always_inline int sock_zerocopy(__u64 sock)
 
 /* Whether somebody waits for the socket edge-triggered. Such a waiter may take a short read for an empty socket; with
  * native bytes behind redirected ones that is wrong, and no event follows. A waiter of another kind (poll, select) is no
- * eppoll_entry: what is then read means nothing, and at worst the flow stays native. */
+ * eppoll_entry: what is read of it means nothing, and it counts only if it leads to the socket's own file. */
 static __always_inline int sock_edge(__u64 sock)
 {
-	__u64 queue = read64(sock, OFF_SOCK_WQ), head, node, item;
+	__u64 queue = read64(sock, OFF_SOCK_WQ), head, node, item, file;
 
 	if (!queue || read64(queue, OFF_WQ_ASYNC))
 		return 1;
+	file = read64(read64(sock, OFF_SOCK_SOCKET), OFF_SOCKET_FILE);
 	head = queue + OFF_WQ_HEAD;
 	node = read64(head, 0);
 #pragma unroll
@@ -87,7 +88,7 @@ static __always_inline int sock_edge(__u64 sock)
 		if (!node || node == head)
 			return 0;
 		item = read64(node - OFF_EPOLL_ENTRY, OFF_EPOLL_BASE);
-		if (read32(item, OFF_EPITEM_EVENTS) & EDGE)
+		if (read32(item, OFF_EPITEM_EVENTS) & EDGE && read64(item, OFF_EPITEM_FILE) == file)
 			return 1;
 		node = read64(node, 0);
 	}
