@@ -6,6 +6,7 @@ import ipaddress
 import json
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlencode
@@ -16,10 +17,13 @@ from ambient.cli.maps import read_names
 from ambient.cli.output import emit, output_option
 from ambient.cli.target import Target, find_nodes, target_options
 from ambient.datapath.decide import Candidate
+from ambient.datapath.drift import key_text
 from ambient.datapath.explain import SETTINGS_MISSING, Facts, Kernel, Outcome, Source, explain, touching
 from ambient.datapath.layout import LAYOUT
+from ambient.datapath.render import Names
 from ambient.datapath.values import (
     EndpointKey,
+    EnrolledValue,
     ServiceKey,
     ServiceValue,
     VerdictKey,
@@ -112,15 +116,32 @@ def _kernel(node: NodeSettings, cookie: int, address: str, port: int) -> Kernel:
     with Maps.open(node.bpffs_dir) as maps:
         enrolled = maps.enrolled.get(cookie) if cookie else None
         service = maps.services.get(ServiceKey(address, port))
+        candidates = _candidates(maps, enrolled.identity, service, address, port) if enrolled else ()
+        names = read_names(node, maps)
         return Kernel(
             settings=maps.settings or SETTINGS_MISSING,
             now_ns=time.monotonic_ns(),
             enrolled=enrolled,
             workload=maps.workloads.get(address),
             service=service,
-            candidates=_candidates(maps, enrolled.identity, service, address, port) if enrolled else (),
-            policies=read_names(node, maps).policies,
+            candidates=candidates,
+            policies=names.policies,
+            entries=tuple(_entries(names, enrolled, service, port, candidates)),
         )
+
+
+def _entries(
+    names: Names, enrolled: EnrolledValue | None, service: ServiceValue | None, port: int, ends: tuple[Candidate, ...]
+) -> Iterator[tuple[str, str]]:
+    """Slots and verdicts the connect hook would look at, as /diff names them."""
+    for slot in range(service.endpoints if service is not None else 0):
+        assert service is not None
+        yield "endpoints", key_text(EndpointKey(service.service, port, slot), names)
+    for end in ends:
+        yield "workloads", end.address
+        if enrolled is not None and end.workload is not None:
+            for number in (end.port, 0):
+                yield "verdicts", key_text(VerdictKey(enrolled.identity, end.workload.workload, number), names)
 
 
 def _candidates(
@@ -195,7 +216,9 @@ def gather(name: str, destination: str, family: int, nodes: dict[str, NodeSettin
     drift = [
         {"node": where, **row}
         for where, found in _agents(nodes, "/diff").items()
-        for row in touching(found["drift"], source.cookie, address, port, ends)
+        for row in touching(
+            found["drift"], source.cookie, address, port, ends, kernel.entries if where == node.node_name else ()
+        )
     ]
     return Facts(source, address, port, kernel, answer, plain, there, drift, _listening(nodes, answer)), what
 

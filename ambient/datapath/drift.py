@@ -6,6 +6,7 @@ import dataclasses
 from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
+from ambient.datapath import render
 from ambient.datapath import values as v
 from ambient.datapath.render import LISTENER_KINDS, Names, flag_names, socket_text
 
@@ -36,11 +37,11 @@ def compare(
         rows.append(
             {
                 "map": name,
-                "key": key_text(key),
+                "key": key_text(key, names),
                 "drift": word,
-                "name": name_of(want if want is not None else have, names),
-                "wanted": fields(want),
-                "actual": fields(have),
+                "name": name_of(key, want if want is not None else have, names),
+                "wanted": fields(want, names),
+                "actual": fields(have, names),
             }
         )
     return rows
@@ -55,36 +56,62 @@ def same_settings(a: v.SettingsValue, b: v.SettingsValue) -> bool:
     return a == dataclasses.replace(b, heartbeat_ns=a.heartbeat_ns)
 
 
-def key_text(key: Any) -> str:
+def unrightful(key: v.TupleKey, flow: v.FlowValue, reason: str, names: Names) -> Row:
+    """A row for a flow that stands although nobody would be let in now."""
+    (shown,) = render.flows([(key, flow)], names, flow.created_ns)
+    actual = {name: shown[name] for name in ("source", "destination", "identity", "policy", "state")}
+    ends = f"{shown['client']} -> {shown['server']}"
+    row = {"map": "flows", "key": ends, "drift": "extra", "name": str(shown["destination"]), "wanted": {}}
+    return row | {"actual": actual | {"why": reason}}
+
+
+def key_text(key: Any, names: Names) -> str:
     """A map's key as the command line shows it."""
-    if isinstance(key, v.ServiceKey):
-        return socket_text(key.vip, key.port)
-    if isinstance(key, v.ListenerKey):
-        return f"{key.pod} {LISTENER_KINDS.get(key.kind, key.kind)}"
-    if isinstance(key, v.Record):
-        return " ".join(str(value) for value in fields(key).values())
-    return str(key)
+    match key:
+        case v.ServiceKey():
+            return socket_text(key.vip, key.port)
+        case v.ListenerKey():
+            return f"{key.pod} {LISTENER_KINDS.get(key.kind, key.kind)}"
+        case v.VerdictKey():
+            source = names.identities.get(key.identity) or key.identity
+            return f"{source} -> {names.workload(key.workload) or key.workload}:{key.port or '*'}"
+        case v.EndpointKey():
+            return f"{names.services.get(key.service, '') or key.service}:{key.port} slot {key.slot}"
+        case _:
+            return str(key)
 
 
-def name_of(value: Any, names: Names) -> str:
-    """Who an entry is about, where its value says so."""
-    if (number := getattr(value, "workload", None)) is not None:
-        return names.workload(number)
-    if (number := getattr(value, "service", None)) is not None:
-        return names.services.get(number, "")
-    return ""
+def name_of(key: Any, value: Any, names: Names) -> str:
+    """Who an entry is about, where it says so."""
+    for about in (value, key):
+        if (number := getattr(about, "workload", None)) is not None:
+            return names.workload(number)
+        if (number := getattr(about, "service", None)) is not None:
+            return names.services.get(number, "")
+    return names.at(key.pod) if isinstance(key, v.ListenerKey) else ""
 
 
-def fields(value: Any) -> Row:
-    """An entry's value as JSON values, flags by name; nothing where there is no entry."""
-    if value is None:
-        return {}
-    if not dataclasses.is_dataclass(value) or isinstance(value, type):
-        return {"value": value}
-    row = dataclasses.asdict(value)
+def fields(value: Any, names: Names) -> Row:
+    """An entry's value as JSON values, numbers and flags by name; nothing where there is no entry."""
+    match value:
+        case None:
+            return {}
+        case v.SettingsValue():
+            rows = render.settings(value, value.heartbeat_ns)
+            return {row["setting"]: row["value"] for row in rows if row["setting"] != "heartbeat_age_s"}
+        case v.VerdictValue():
+            policy = names.policies.get(value.policy) or value.policy or ""
+            return {"verdict": "allow" if value.allow else "deny", "policy": policy, "generation": value.generation}
+        case v.Record():
+            row: Row = {name.name: getattr(value, name.name) for name in dataclasses.fields(value)}  # type: ignore[arg-type]
+        case _:
+            return {"socket_cookie": value}
     for kind, prefix in _FLAGS.items():
         if isinstance(value, kind):
             row["flags"] = list(flag_names(prefix, row["flags"]))
+    for column, known in (("workload", names.workloads), ("service", names.services), ("identity", names.identities)):
+        if column in row:
+            row[column] = known.get(row[column]) or row[column]
     return row
 
 

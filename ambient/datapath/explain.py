@@ -6,7 +6,7 @@ ztunnel itself over its World; here they are only put in order and compared.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -57,6 +57,8 @@ class Kernel:
     """What the connect hook could choose: the usable slots of the service, or the pod that was dialled."""
     policies: Mapping[int, str] = field(default_factory=dict)
     """Names of the node-local numbers of policies."""
+    entries: tuple[tuple[str, str], ...] = ()
+    """Map and key, as /diff names them, of the slots and verdicts the connect hook would look at."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -305,8 +307,10 @@ def _first(answer: Mapping[str, Any] | None) -> Mapping[str, Any] | None:
     return first
 
 
-def touching(drift: Sequence[Row], cookie: int, address: str, port: int, endpoints: Sequence[str]) -> list[Row]:
-    """Rows of /diff about the entries a connection touches."""
+def touching(
+    drift: Sequence[Row], cookie: int, address: str, port: int, endpoints: Sequence[str], entries: Collection[Any] = ()
+) -> list[Row]:
+    """Rows of /diff about the entries a connection touches; ``entries`` are further ones, as map and key."""
     keys = {
         ("enrolled", str(cookie)),
         ("workloads", address),
@@ -314,6 +318,7 @@ def touching(drift: Sequence[Row], cookie: int, address: str, port: int, endpoin
         ("settings", "0"),
         *(("workloads", ip) for ip in endpoints),
         *(("listeners", f"{ip} {kind}") for ip in endpoints for kind in ("hbone", "plaintext")),
+        *entries,
     }
     return [row for row in drift if (row["map"], row["key"]) in keys]
 

@@ -21,6 +21,8 @@ from ambient.node.pods import Pods
 
 SO_COOKIE = 57
 Row = dict[str, Any]
+_RIGHTS = ("enrolled", "workloads", "verdicts", "flows")
+"""Maps by which the connect hook lets connections in: where they were wrong, so may be what they let in."""
 
 
 def compare(kernel: Kernel, pods: Pods) -> list[Row]:
@@ -35,6 +37,7 @@ def compare(kernel: Kernel, pods: Pods) -> list[Row]:
     rows += _listeners(kernel, members, flux, names)
     rows += _attachments(kernel, members, flux)
     settings: dict[int, SettingsValue] = {} if kernel.maps.settings is None else {0: kernel.maps.settings}
+    rows += [drift.unrightful(*found, names) for found in kernel.same_node.unrightful()]
     rows += drift.compare("settings", {0: kernel.settings}, settings, names, drift.same_settings)
     return rows
 
@@ -84,7 +87,7 @@ async def repair(kernel: Kernel, pods: Pods) -> tuple[list[Row], list[Row]]:
     before = compare(kernel, pods)
     if not before:
         return before, before
-    kernel.resync(pods.local_pods())
+    kernel.resync(pods.local_pods(), distrust=any(row["map"] in _RIGHTS for row in before))
     pods.remove_strangers(kernel)
     lacking = {row["key"] for row in before if row["map"] == "sk_lookup" and row["drift"] == "missing"}
     for member in list(pods.members.values()):

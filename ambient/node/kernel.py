@@ -210,11 +210,14 @@ class Kernel:
             "services": entries.services(self._world, self._names.services, counts(slots)),
         }
 
-    def resync(self, pods: Collection[LocalPod]) -> None:
-        """Forget what was written, look at what is there, and write what differs."""
+    def resync(self, pods: Collection[LocalPod], *, distrust: bool = False) -> None:
+        """Forget what was written, look at what is there, and write what differs. ``distrust``: who was let in until
+        now may have had no right."""
         self._workloads = dict(self.maps.workloads.items())
         self._services = dict(self.maps.services.items())
         self.same_node.forget()
+        if distrust:
+            self.same_node.distrust()
         if self._world is None:
             self.put_pods(pods)
         else:

@@ -12,7 +12,7 @@ from __future__ import annotations
 import logging
 import socket
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping
 from typing import Final
 
 from ambient.datapath import endpoints as slots
@@ -68,6 +68,11 @@ class SameNode:
         """Look at what is in the kernel again."""
         self._verdicts = dict(self._maps.verdicts.items())
         self._endpoints = dict(self._maps.endpoints.items())
+
+    def distrust(self) -> None:
+        """What the kernel held was not what was written, so nobody knows who was let in by it. With the next `grant`
+        every destination has another generation, which makes void what is on its way, and its flows are looked at."""
+        self._granted = {}
 
     # --- generations
 
@@ -171,13 +176,7 @@ class SameNode:
         changed, self._changed = self._changed, set()
         if not changed:
             return 0
-        by_number = {self._names.workloads.of(p.workload_uid): r for p, r in self._granted.items()}
-        lost: list[tuple[TupleKey, FlowValue, str]] = []
-        for key, flow in self._maps.flows.items():
-            if flow.destination in changed and not is_over(flow):
-                reason = self._lost(key, flow, by_number.get(flow.destination))
-                if reason:
-                    lost.append((key, flow, reason))
+        lost = self.unrightful(changed)
         for key, flow, reason in lost:
             source, destination = (
                 short_workload(self._names.workloads.names().get(n, str(n))) for n in (flow.source, flow.destination)
@@ -193,6 +192,16 @@ class SameNode:
         self._close((key, flow) for key, flow, _ in lost)
         self.counters["flows_revoked"] += len(lost)
         return len(lost)
+
+    def unrightful(self, destinations: Container[int] | None = None) -> list[tuple[TupleKey, FlowValue, str]]:
+        """Flows (to these destinations, or all) for which nobody would be let in now, and why not."""
+        by_number = {self._names.workloads.of(p.workload_uid): r for p, r in self._granted.items()}
+        return [
+            (key, flow, reason)
+            for key, flow in self._maps.flows.items()
+            if (destinations is None or flow.destination in destinations) and not is_over(flow)
+            if (reason := self._lost(key, flow, by_number.get(flow.destination)))
+        ]
 
     def _lost(self, key: TupleKey, flow: FlowValue, rights: Rights | None) -> str:
         """Why the flow has no right any more; empty if it has. A pod that left the mesh keeps what stands."""

@@ -3,15 +3,27 @@
 from __future__ import annotations
 
 import json
+import socket
 from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import replace
+from typing import Any
 
 import pytest
 
-from ambient.datapath.values import WorkloadValue
+from ambient.datapath.layout import LAYOUT
+from ambient.datapath.values import (
+    EndpointKey,
+    EnrolledValue,
+    ServiceKey,
+    ServiceValue,
+    VerdictKey,
+    VerdictValue,
+    WorkloadValue,
+)
+from ambient.io import bpf_links
 from ambient.io.bpf_maps import Maps
-from ambient.lab.driver import eventually
+from ambient.lab.driver import CommandFailed, eventually
 from tests.support.mesh import APPS, PORT, Mesh, authorization, pod, service
 
 pytestmark = [pytest.mark.lab, pytest.mark.net]
@@ -38,7 +50,7 @@ def say_secret(mesh: Mesh, shop: str, host: str, port: int = 80) -> tuple[bool, 
     return wire.contains(SECRET), wire.to_port(15008) > 0
 
 
-def ambient(mesh: Mesh, *words: str, check: bool = True) -> list[dict[str, object]]:
+def ambient(mesh: Mesh, *words: str, check: bool = True) -> list[dict[str, Any]]:
     return list(json.loads(mesh.ambient(*words, "--lab", mesh.lab.name, "-o", "json", check=check) or "[]"))
 
 
@@ -120,24 +132,126 @@ def test_a_held_connection_within_the_node_is_shown_as_direct_with_its_bytes(mes
     eventually(lambda: not ambient(mesh, "flows", "--pod", f"{shop}/c"), 10, "the flow to go")
 
 
-def test_a_verdict_that_was_changed_is_drift_and_is_repaired(mesh: Mesh, shop: str) -> None:
-    mesh.apply(shop, authorization("only-a", "ALLOW", "c", f"cluster.local/ns/{shop}/sa/a"))
+@pytest.fixture
+def judged(mesh: Mesh, shop: str) -> Iterator[str]:
+    """A second service in front of c, which only a may call; the verdicts are in the kernel and nothing differs."""
+    mesh.apply(shop, authorization("only-a", "ALLOW", "c", f"cluster.local/ns/{shop}/sa/a"), service("d", "c"))
     mesh.await_policy("node1", f"{shop}/only-a")
-
-    def verdicts() -> list[dict[str, object]]:
-        return ambient(mesh, "maps", "verdicts", "--pod", f"{shop}/c", "--node", "node1")
-
-    eventually(lambda: any(r["verdict"] == "allow" for r in verdicts()), 10, "the verdict")
-    eventually(lambda: ambient(mesh, "diff", check=False) == [], 10, "the kernel to hold what it should")
-    with Maps.open(str(mesh.lab.bpffs / "node1")) as maps:
-        key, right = next((k, v) for k, v in maps.verdicts.items() if v.allow)
-        maps.verdicts[key] = replace(right, allow=0)
-        (row,) = ambient(mesh, "diff", check=False)
-        assert (row["map"], row["drift"]) == ("verdicts", "differs")
-        (row,) = ambient(mesh, "diff", "--repair")
-        assert row["repaired"]
-        assert ambient(mesh, "diff") == []
+    eventually(lambda: len(ambient(mesh, "maps", "endpoints", "--service", f"{shop}/d")) == 1, 10, "the second service")
+    words = "maps", "verdicts", "--pod", f"{shop}/c", "--node", "node1"
+    eventually(lambda: any(r["verdict"] == "allow" for r in ambient(mesh, *words)), 10, "the verdict")
+    eventually(lambda: ambient(mesh, "diff", check=False) == [], 15, "the kernel to hold what it should")
+    yield shop
+    mesh.remove(shop, "service", "d")
     mesh.remove(shop, "authorizationpolicy", "only-a")
+    mesh.await_policy("node1", f"{shop}/only-a", there=False)
+
+
+def test_what_was_taken_out_changed_or_added_in_any_map_is_named_and_repaired(mesh: Mesh, judged: str) -> None:
+    a, b, c = (mesh.address(judged, name) for name in "abc")
+    vips = {name: ServiceKey(mesh.vip(judged, name), 80) for name in "cd"}
+    principal = f"spiffe://cluster.local/ns/{judged}/sa"
+    with Maps.open(str(mesh.lab.bpffs / "node1")) as maps, socket.create_server(("127.0.0.1", 0)) as foreign:
+        numbers = {name: maps.services[key].service for name, key in vips.items()}
+        slots = {name: EndpointKey(number, 80, 0) for name, number in numbers.items()}
+        of = {maps.workloads[x].workload: x for x in (a, b, c)}
+        cookies = {of[value.workload]: cookie for cookie, value in maps.enrolled.items() if value.workload in of}
+        identity = maps.enrolled[cookies[a]].identity
+        allow = VerdictKey(identity, maps.workloads[c].workload, 0)
+        deny = replace(allow, identity=maps.enrolled[cookies[c]].identity)
+        right: list[tuple[Any, Any, Any]] = [
+            (maps.workloads, c, maps.workloads[c]),
+            (maps.workloads, b, maps.workloads[b]),
+            *((maps.services, key, maps.services[key]) for key in vips.values()),
+            *((maps.endpoints, key, maps.endpoints[key]) for key in slots.values()),
+            *((maps.verdicts, key, maps.verdicts[key]) for key in (allow, deny)),
+            *((maps.enrolled, cookie, maps.enrolled[cookie]) for cookie in cookies.values()),
+        ]
+        assert maps.workloads.delete(c) and maps.services.delete(vips["c"]) and maps.endpoints.delete(slots["c"])
+        assert maps.verdicts.delete(allow) and maps.enrolled.delete(cookies[c])
+        assert maps.listeners.delete(c, LAYOUT["LISTENER_HBONE"])
+        maps.workloads[b] = replace(maps.workloads[b], flags=0)
+        maps.services[vips["d"]] = replace(maps.services[vips["d"]], endpoints=3)
+        maps.endpoints[slots["d"]] = replace(maps.endpoints[slots["d"]], port=81)
+        maps.verdicts[deny] = replace(maps.verdicts[deny], allow=1)
+        maps.enrolled[cookies[a]] = replace(maps.enrolled[cookies[a]], identity=deny.identity)
+        maps.workloads["10.99.0.1"] = WorkloadValue(4711, 1, 1)
+        maps.services[ServiceKey("10.99.0.2", 80)] = ServiceValue(4711, 0)
+        maps.endpoints[replace(slots["d"], slot=7)] = maps.endpoints[slots["d"]]
+        maps.verdicts[replace(deny, port=81)] = VerdictValue(maps.verdicts[deny].generation, 1, 0)
+        maps.enrolled[4711] = EnrolledValue("10.99.0.3", "", 4711)
+        maps.listeners.put("10.99.0.4", LAYOUT["LISTENER_HBONE"], foreign.fileno())
+        pod_uid = mesh.get("pod", "a", "-n", judged)["metadata"]["uid"]
+        bpf_links.detach_sk_lookup(str(mesh.lab.bpffs / "node1"), pod_uid)
+
+        expected = {
+            ("workloads", c, "missing"),
+            ("workloads", b, "differs"),
+            ("workloads", "10.99.0.1", "extra"),
+            ("services", f"{vips['c'].vip}:80", "missing"),
+            ("services", f"{vips['d'].vip}:80", "differs"),
+            ("services", "10.99.0.2:80", "extra"),
+            ("endpoints", f"{judged}/c:80 slot 0", "missing"),
+            ("endpoints", f"{judged}/d:80 slot 0", "differs"),
+            ("endpoints", f"{judged}/d:80 slot 7", "extra"),
+            ("verdicts", f"{principal}/a -> {judged}/c:*", "missing"),
+            ("verdicts", f"{principal}/c -> {judged}/c:*", "differs"),
+            ("verdicts", f"{principal}/c -> {judged}/c:81", "extra"),
+            ("enrolled", str(cookies[c]), "missing"),
+            ("enrolled", str(cookies[a]), "differs"),
+            ("enrolled", "4711", "extra"),
+            ("listeners", f"{c} hbone", "missing"),
+            ("listeners", "10.99.0.4 hbone", "extra"),
+            ("sk_lookup", pod_uid, "missing"),
+        }
+        with pytest.raises(CommandFailed, match="exit code 1"):
+            mesh.ambient("diff", "--lab", mesh.lab.name)
+        rows = ambient(mesh, "diff", check=False)
+        assert {(r["map"], r["key"], r["drift"]) for r in rows if r["map"] != "settings"} == expected
+        by_key = {str(r["key"]): r for r in rows}
+        assert by_key[f"{principal}/c -> {judged}/c:*"]["actual"]["verdict"] == "allow"
+        assert by_key[str(cookies[a])]["actual"]["identity"] == f"{principal}/c"
+        assert all(row["repaired"] for row in ambient(mesh, "diff", "--repair"))
+        assert ambient(mesh, "diff") == []
+        for table, key, value in right:
+            assert (
+                table[key] == replace(value, generation=table[key].generation)
+                if hasattr(value, "generation")
+                else (table[key] == value)
+            )
+    assert mesh.call(judged, "a", "b").get("echoed") == mesh.call(judged, "a", "c").get("echoed") == "hello"
+
+
+def test_a_wrong_allow_is_void_once_repaired_and_closes_what_it_let_in(mesh: Mesh, judged: str) -> None:
+    c = mesh.address(judged, "c")
+    mesh.kubectl("create", "serviceaccount", "other", "-n", judged)
+    mesh.apply(judged, pod("other", "node1"))
+    mesh.await_ready(judged, {"other"}, True)
+    assert "error" in mesh.call(judged, "other", c, PORT)
+    with Maps.open(str(mesh.lab.bpffs / "node1")) as maps:
+        number = maps.workloads[c].workload
+        (identity,) = (v.identity for _, v in maps.enrolled.items() if v.address4 == mesh.address(judged, "other"))
+        key = VerdictKey(identity, number, 0)
+        forged = replace(maps.verdicts[key], allow=1, policy=0)
+        maps.verdicts[key] = forged
+        hold = ["python3", str(APPS / "call.py"), "--hold", c, str(PORT)]
+        with mesh.background(judged, "other", *hold) as wrong, mesh.background(judged, "a", *hold) as good:
+            wrong.await_output("echoed")
+            good.await_output("echoed")
+            rows = ambient(mesh, "diff", check=False)
+            assert {(r["map"], r["drift"]) for r in rows} == {("verdicts", "differs"), ("flows", "extra")}
+            (flow,) = (r for r in rows if r["map"] == "flows")
+            assert flow["actual"]["source"] == f"{judged}/other" and flow["name"] == f"{judged}/c"
+            assert all(row["repaired"] for row in ambient(mesh, "diff", "--repair"))
+            assert maps.workloads[c].generation > forged.generation
+            assert maps.verdicts[key] == replace(forged, allow=0, generation=maps.workloads[c].generation)
+            assert {v.source for k, v in maps.flows.items() if k.local == c} == {
+                maps.workloads[mesh.address(judged, "a")].workload
+            }
+            maps.verdicts[key] = forged  # as if it had been written a moment later: of a generation that is over
+            assert "error" in mesh.call(judged, "other", c, PORT)
+        assert ambient(mesh, "diff", "--repair")[0]["repaired"] and ambient(mesh, "diff") == []
+    mesh.remove(judged, "pod", "other")
 
 
 def test_what_the_mesh_leaves_alone_is_shown_as_plain_and_nothing_else_is(mesh: Mesh, shop: str, outside: str) -> None:
