@@ -10,8 +10,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.ztunnel.http2_peers import Carrier, Peer, split
-from ztunnel.core.headers import encode
+from ztunnel.core.frames import Code
+from ztunnel.core.headers import STATUS_200, encode
 from ztunnel.core.http2 import Role
+from ztunnel.core.streams import Stream
 
 CONNECT = [(":method", "CONNECT"), (":authority", "10.0.0.1:80"), ("baggage", "k8s.pod.name=a"), ("x-long", "v" * 300)]
 
@@ -228,3 +230,41 @@ def test_header_blocks_decode_to_what_was_encoded_here_and_by_hpack(fields: list
     for _ in range(3):
         assert decoder.decode(encoder.encode(fields)) == fields
         assert decoder.decode(block) == fields
+
+
+def test_an_end_rides_on_the_last_bytes_of_its_own_stream_unless_something_follows_them():
+    client = Peer(Role.CLIENT)
+    streams = []
+    for _ in range(3):
+        carrier = Carrier(client)
+        carrier.stream = client.connection.open(carrier, STATUS_200)
+        streams.append(carrier.stream)
+    client.take()
+    connection, output = client.connection, client.connection.output
+
+    def say(stream: Stream, text: bytes) -> None:
+        room = connection.reserve(stream)
+        assert room
+        room[: len(text)] = text
+        connection.commit(stream, len(text))
+
+    def frames_out() -> list[tuple[int, int, bytes]]:
+        data, found = output.drain(), []
+        while data:
+            length, flags, stream = int.from_bytes(data[:3], "big"), data[4], int.from_bytes(data[5:9], "big")
+            found.append((stream, flags, data[9 : 9 + length]))
+            data = data[9 + length :]
+        return found
+
+    first, second, third = streams
+    say(first, b"a")
+    say(second, b"b")
+    connection.finish(second)  # the last bytes there are
+    connection.finish(first)  # the second's follow its own
+    assert frames_out() == [(1, 0, b"a"), (3, 1, b"b"), (1, 1, b"")]
+    say(third, b"c")
+    assert frames_out() == [(5, 0, b"c")]
+    connection.reset(first, Code.CANCEL)
+    connection.finish(third)  # its bytes have left, and others lie where they lay
+    assert frames_out() == [(1, 0, b"\0\0\0\x08"), (5, 1, b"")]
+    assert all(not stream.local_open for stream in streams)

@@ -45,6 +45,15 @@ def connected(path: Mesh, listener: socket.socket) -> tuple[socket.socket, socke
     return near, far
 
 
+def test_only_connections_of_one_kernel_are_never_paced(path: Mesh, listener: socket.socket):
+    near, far = connected(path, listener)
+    given = near.getsockopt(socket.IPPROTO_TCP, socket.TCP_CONGESTION, 16)
+    algorithms = [sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_CONGESTION, 16) for sock in (path.entry, path.hbone)]
+    assert algorithms == [b"reno".ljust(16, b"\0"), given]
+    near.close()
+    far.close()
+
+
 def test_each_side_may_end_first_and_the_other_goes_on(path: Mesh, listener: socket.socket):
     for first in (0, 1):
         ends = connected(path, listener)

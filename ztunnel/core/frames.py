@@ -14,6 +14,7 @@ HEADER_BYTES: Final = 9
 
 HEADER: Final = struct.Struct(">IBI")
 """Length (24 bits) and type (8) in one word, flags, stream identifier."""
+FLAGS_AT: Final = 4
 _WORD: Final = struct.Struct(">I")
 _SETTING: Final = struct.Struct(">HI")
 

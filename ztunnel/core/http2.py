@@ -111,6 +111,8 @@ class Connection:
         "_ping_at",
         "_preface_left",
         "_receive_window",
+        "_return_connection_at",
+        "_return_stream_at",
         "_role",
         "_settings_acknowledged",
         "_settings_received",
@@ -149,6 +151,8 @@ class Connection:
         self.send_window = frames.WINDOW_DEFAULT
         self._receive_window = limits.connection_window
         self._unreturned = 0
+        self._return_connection_at = limits.connection_window >> 1
+        self._return_stream_at = limits.stream_window >> 1
         self._blocked: dict[int, Stream] = {}
         self._next_id = 1
         self._last_peer = 0
@@ -260,8 +264,10 @@ class Connection:
     def commit(self, stream: Stream, count: int) -> None:
         """The first ``count`` bytes of what `reserve` returned are the stream's next payload."""
         output = self.output
-        HEADER.pack_into(output.view, output.end, count << 8, 0, stream.id)  # type: ignore[arg-type]
-        output.end += HEADER_BYTES + count
+        at = output.last_at = output.end
+        identifier = output.last = stream.id
+        HEADER.pack_into(output.view, at, count << 8, 0, identifier)  # type: ignore[arg-type]
+        output.end = at + HEADER_BYTES + count
         stream.send_window -= count
         self.send_window -= count
 
@@ -269,7 +275,11 @@ class Connection:
         """Send END_STREAM: no more bytes of ours."""
         if stream.dead or not stream.local_open:
             return
-        self.output.put(frames.frame(frames.DATA, frames.END_STREAM, stream.id))
+        output = self.output
+        if output.last == stream.id and output.view is not None:  # its last bytes have not left yet
+            output.view[output.last_at + frames.FLAGS_AT] = frames.END_STREAM
+        else:
+            output.put(frames.frame(frames.DATA, frames.END_STREAM, stream.id))
         self._local_end(stream)
 
     def reset(self, stream: Stream, code: Code) -> None:
@@ -284,13 +294,13 @@ class Connection:
         if self.closed:
             return
         self._unreturned += count
-        if self._unreturned >= self.limits.connection_window >> 1:
+        if self._unreturned >= self._return_connection_at:
             self.output.put(frames.window_update(0, self._unreturned))
             self._receive_window += self._unreturned
             self._unreturned = 0
         if stream.remote_open:
             stream.unreturned += count
-            if stream.unreturned >= self.limits.stream_window >> 1:
+            if stream.unreturned >= self._return_stream_at:
                 self.output.put(frames.window_update(stream.id, stream.unreturned))
                 stream.receive_window += stream.unreturned
                 stream.unreturned = 0
@@ -603,7 +613,7 @@ class Connection:
     def _unread(self, count: int) -> None:
         """Credit of the connection for bytes nobody will read."""
         self._unreturned += count
-        if self._unreturned >= self.limits.connection_window >> 1:
+        if self._unreturned >= self._return_connection_at:
             self.output.put(frames.window_update(0, self._unreturned))
             self._receive_window += self._unreturned
             self._unreturned = 0

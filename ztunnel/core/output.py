@@ -33,15 +33,17 @@ class BufferPool:
 
 
 class Output:
-    """Frames to send: ``view[:end]`` first, then ``late``, which is what found no room."""
+    """Frames to send: ``view[:end]`` first, then ``late``, which is what found no room. ``last``: the stream of
+    the last DATA frame among them, whose header is at ``last_at``; 0 if there is none."""
 
-    __slots__ = ("_pool", "end", "late", "size", "view")
+    __slots__ = ("_pool", "end", "last", "last_at", "late", "size", "view")
 
     def __init__(self, pool: BufferPool) -> None:
         self._pool = pool
         self.size = pool.size
         self.view: memoryview | None = None
         self.end = 0
+        self.last = self.last_at = 0
         self.late = bytearray()
 
     def borrow(self) -> memoryview:
@@ -62,7 +64,7 @@ class Output:
 
     def written(self) -> None:
         """``view[:end]`` was taken over by the caller: bring up what is late, else give the buffer back."""
-        self.end = 0
+        self.end = self.last = 0
         if self.late:
             view = self.borrow()
             count = min(len(self.late), self.size)

@@ -71,7 +71,7 @@ class Delivery:
         """False if the application still has a connection with the port that was found: its entry is not ours to
         replace, or that connection would be shown another client."""
         worker = self._worker
-        self.sock = sockets.stream_socket(self._ip)
+        self.sock = sockets.local_socket(self._ip)
         self.sock.bind((self._ip, 0))
         self._local_port = self.sock.getsockname()[1]
         try:

@@ -65,8 +65,11 @@ class Listener:
         self._fd = fd
         self._sock = Socket(fileno=fd)
         self._sock.setblocking(False)
-        sockets.tune(self._sock)
         self._accept = _ACCEPT[name]
+        if self._accept is outbound.accept:
+            sockets.tune_local(self._sock)
+        else:
+            sockets.tune(self._sock)
         self._active = False
 
     def start(self) -> None:

@@ -69,6 +69,7 @@ class StreamRelay(Relay):
         "_pending",
         "_reading",
         "_recv_into",
+        "_send",
         "_sock_eof",
         "_stream_eof",
         "_writing",
@@ -97,6 +98,7 @@ class StreamRelay(Relay):
         self.sock = sock
         self.fd = sock.fileno()
         self._recv_into = sock.recv_into
+        self._send = sock.send
 
     def set_stream(self, tunnel: Tunnel, stream: Stream) -> None:
         self.tunnel = tunnel
@@ -165,7 +167,7 @@ class StreamRelay(Relay):
                 tunnel.flush()
                 if self.done:
                     return
-            if count < len(room):
+            if count < len(room) and not self.worker.turns.ended:
                 return
 
     def stream_writable(self) -> None:
@@ -186,7 +188,7 @@ class StreamRelay(Relay):
             self._pending += data
             return
         try:
-            sent = self.sock.send(data)
+            sent = self._send(data)
         except (BlockingIOError, InterruptedError):
             sent = 0
         except OSError as error:
@@ -194,7 +196,7 @@ class StreamRelay(Relay):
             self._socket_failed(error)
             return
         if sent:
-            self._consumed(sent)
+            self._connection.consumed(self.stream, sent)  # type: ignore[union-attr, arg-type]
         if sent < count:
             self._pending += data[sent:]
             self._want_write()
@@ -279,10 +281,8 @@ class StreamRelay(Relay):
         self.settle(event, flags, error, policy)
         sock = self.sock
         if sock is not None:
-            self._pause()
-            if self._writing:
-                self._writing = False
-                self.worker.remove_writer(self.fd)
+            self._reading = self._writing = False
+            self.worker.forget(self.fd)
             if reset:
                 sockets.reset(sock)
             else:
@@ -430,14 +430,11 @@ class PlainRelay(Relay):
         if self.done:
             return
         self.settle(event, flags, error, policy)
-        self._pause(self._forward)
-        self._pause(self._backward)
-        if self._forward.writing:
-            self.worker.remove_writer(self.far_fd)
-        if self._backward.writing:
-            self.worker.remove_writer(self.near_fd)
+        for half in (self._forward, self._backward):
+            half.reading = half.writing = False
         for sock in (self.near, self.far):
             if sock is not None:
+                self.worker.forget(sock.fileno())
                 if reset:
                     sockets.reset(sock)
                 else:

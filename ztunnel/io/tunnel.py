@@ -320,10 +320,7 @@ class Tunnel:
             return
         self.closed = True
         self.worker.keep(self)
-        if self._reading:
-            self.worker.remove_reader(self.fd)
-        if self._writing:
-            self.worker.remove_writer(self.fd)
+        self.worker.forget(self.fd)
         self.sock.close()
         self._backlog.clear()
         self.backlog_bytes = 0

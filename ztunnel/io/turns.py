@@ -7,19 +7,25 @@ descriptor that is watched, which a connection that lives for a millisecond noti
 
 from __future__ import annotations
 
+import ctypes
 import heapq
+import math
+import os
 import select
 import signal
 import socket
+import struct
 import time
 from collections.abc import Callable
 from typing import Final
 
 _PER_TURN: Final = 1024
-_READ: Final = select.EPOLLIN
+_READ: Final = select.EPOLLIN | select.EPOLLRDHUP
 _WRITE: Final = select.EPOLLOUT
-_READABLE: Final = select.EPOLLIN | select.EPOLLHUP | select.EPOLLERR
+_ONLY_READABLE: Final = select.EPOLLIN
+_READABLE: Final = select.EPOLLIN | select.EPOLLRDHUP | select.EPOLLHUP | select.EPOLLERR
 _WRITABLE: Final = select.EPOLLOUT | select.EPOLLHUP | select.EPOLLERR
+_ENDED: Final = select.EPOLLRDHUP
 
 Callback = Callable[[], None]
 
@@ -40,6 +46,35 @@ class Timer:
         return self.at < other.at
 
 
+class Alarm:
+    """A timerfd of the monotonic clock. A timeout of epoll_wait instead would have the kernel set up and take down
+    a timer in every turn."""
+
+    __slots__ = ("fd",)
+
+    _CLOEXEC_NONBLOCK: Final = os.O_CLOEXEC | os.O_NONBLOCK
+    _ABSOLUTE: Final = 1
+    _WHEN: Final = struct.Struct("=qqqq")
+    _libc = ctypes.CDLL(None, use_errno=True)
+
+    def __init__(self) -> None:
+        self.fd = self._libc.timerfd_create(time.CLOCK_MONOTONIC, self._CLOEXEC_NONBLOCK)
+        if self.fd < 0:
+            raise OSError(ctypes.get_errno(), "timerfd_create")
+
+    def ring_at(self, at: float) -> None:
+        """Be readable from then on; what was asked before is forgotten. ``at`` as of `time.monotonic`."""
+        part, whole = math.modf(max(at, 0.001))
+        self._libc.timerfd_settime(self.fd, self._ABSOLUTE, self._WHEN.pack(0, 0, int(whole), int(part * 1e9)), None)
+
+    def quiet(self) -> None:
+        """It has rung: not readable any more until it rings again."""
+        try:
+            os.read(self.fd, 8)
+        except BlockingIOError:
+            pass  # it was set again in the same turn
+
+
 class Turns:
     """Level-triggered. A callback may add and remove any descriptor, its own too, and close it.
 
@@ -55,9 +90,16 @@ class Turns:
         self._new: set[int] = set()
         """Registered during this turn: what the turn reports of the same number is about an earlier socket."""
         self._timers: list[Timer] = []
+        self._alarm = Alarm()
+        self._ring_at = math.inf
+        """When the alarm rings next."""
+        self.ended = False
+        """Of the reader being called: its peer sends no more, so what can be read ends with the end. The reader may go
+        on reading up to it at once."""
         self._soon: list[Callback] = []
         self._now = time.monotonic()
         self._status: int | None = None
+        self.add_reader(self._alarm.fd, self._rung)
 
     def now(self) -> float:
         """Seconds of a clock that never goes back, as of the beginning of the turn."""
@@ -99,9 +141,18 @@ class Turns:
             else:
                 self._epoll.unregister(fd)
 
+    def forget(self, fd: int, /) -> None:
+        """Instead of removing what is about to be closed: the close removes it from the epoll. Only for a socket of
+        which there is no second descriptor anywhere, and only if the close follows at once."""
+        self._readers.pop(fd, None)
+        self._writers.pop(fd, None)
+
     def later(self, delay_s: float, callback: Callback) -> Timer:
         timer = Timer(time.monotonic() + delay_s, callback)
         heapq.heappush(self._timers, timer)
+        if timer.at < self._ring_at:
+            self._ring_at = timer.at
+            self._alarm.ring_at(timer.at)
         return timer
 
     def soon(self, callback: Callback) -> None:
@@ -126,44 +177,55 @@ class Turns:
     def run(self) -> int:
         """Turn until `stop`."""
         poll, readers, writers, new = self._epoll.poll, self._readers, self._writers, self._new
-        timers = self._timers
+        clock, after_turn = time.monotonic, self._after_turn
         while self._status is None:
-            if self._soon:
-                timeout = 0.0
-            elif timers:
-                timeout = max(0.0, timers[0].at - time.monotonic())
-            else:
-                timeout = -1.0
-            events = poll(timeout, _PER_TURN)
-            self._now = time.monotonic()
-            new.clear()
+            events = poll(0 if self._soon else None, _PER_TURN)
+            self._now = clock()
+            if new:
+                new.clear()
             try:
                 for fd, mask in events:
                     if new and fd in new:
                         continue
+                    if mask == _ONLY_READABLE:
+                        if (callback := readers.get(fd)) is not None:
+                            callback()
+                        continue
                     if mask & _READABLE and (callback := readers.get(fd)) is not None:
+                        self.ended = bool(mask & _ENDED)
                         callback()
+                        self.ended = False
                         if new and fd in new:
                             continue
                     if mask & _WRITABLE and (callback := writers.get(fd)) is not None:
                         callback()
-                self._run_timers()
+                if self._soon:
+                    self._run_soon()
             except Exception as error:  # a bug; what else is ready is reported again in the next turn
+                self.ended = False
                 self._fault(error)
-            self._after_turn()
+            after_turn()
         return self._status
 
-    def _run_timers(self) -> None:
+    def _rung(self) -> None:
+        self._alarm.quiet()
+        self._ring_at = math.inf
         timers = self._timers
-        while timers and timers[0].at <= self._now:
-            callback = heapq.heappop(timers).callback
-            if callback is not None:
-                callback()
-        if self._soon:
-            soon = self._soon[:]
-            del self._soon[:]
-            for callback in soon:
-                callback()
+        try:
+            while timers and timers[0].at <= self._now:
+                callback = heapq.heappop(timers).callback
+                if callback is not None:
+                    callback()
+        finally:  # one that faults must not take the others with it
+            if timers and timers[0].at < self._ring_at:
+                self._ring_at = timers[0].at
+                self._alarm.ring_at(self._ring_at)
+
+    def _run_soon(self) -> None:
+        soon = self._soon[:]
+        del self._soon[:]
+        for callback in soon:
+            callback()
 
 
 def drain(sock: socket.socket) -> None:

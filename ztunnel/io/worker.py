@@ -141,6 +141,7 @@ class Worker:
         self.remove_reader = turns.remove_reader
         self.add_writer = turns.add_writer
         self.remove_writer = turns.remove_writer
+        self.forget = turns.forget
         self.later = turns.later
         self.soon = turns.soon
         self.buffers = BufferPool()
