@@ -6,8 +6,6 @@ pods' sockets. A connection through two ztunnels is seen twice, once by each: as
 
 from __future__ import annotations
 
-import json
-import os
 import time
 from contextlib import ExitStack
 from pathlib import Path
@@ -19,11 +17,11 @@ from ambient.cli.filters import Filter, filter_options
 from ambient.cli.maps import read_names
 from ambient.cli.output import emit, output_option
 from ambient.cli.plain import Looker
+from ambient.cli.pods import namespaces
 from ambient.cli.target import Target, find_nodes, target_options
 from ambient.cli.watch import Rates, show, ticks, watch_options
 from ambient.datapath import render
 from ambient.errors import PlatformFault
-from ambient.io import netns
 from ambient.io.admin_client import ask_json
 from ambient.io.bpf_maps import Maps
 from ambient.io.flow_reader import FlowReader
@@ -104,7 +102,7 @@ def kernel_flows(node: NodeSettings, path: str | None = None) -> list[Row]:
     """Of one node, what the kernel knows: the map's entries, with their sockets asked for native bytes, and plain
     connections. ``path`` spares what is not wanted. What cannot be looked at is said on stderr."""
     with Maps.open(node.bpffs_dir) as maps, ExitStack() as stack:
-        spaces = _namespaces(node, stack)
+        spaces = namespaces(node, stack)
         names = read_names(node, maps)
         rows: list[Row] = []
         if path != "plain":
@@ -118,24 +116,6 @@ def kernel_flows(node: NodeSettings, path: str | None = None) -> list[Row]:
             for fault in looker.unseen:
                 click.echo(f"ambient: {node.node_name}: plain connections not shown: {fault}", err=True)
         return rows
-
-
-def _namespaces(node: NodeSettings, stack: ExitStack) -> dict[int, int]:
-    """Cookie -> descriptor of the namespaces of this node's pods, as far as the agent's memory leads to them."""
-    found: dict[int, int] = {}
-    try:
-        pods = json.loads((Path(node.run_dir) / "agent.json").read_text())["pods"]
-    except (OSError, ValueError, KeyError):
-        return found
-    for pod in pods:
-        try:
-            fd = netns.open_netns(pod["netns_path"]) if pod.get("in_mesh") and pod.get("netns_path") else -1
-            if fd >= 0:
-                stack.callback(os.close, fd)
-                found[netns.netns_cookie(fd)] = fd
-        except (PlatformFault, KeyError, TypeError):
-            continue  # gone meanwhile
-    return found
 
 
 def look(nodes: tuple[NodeSettings, ...], only: Filter, path: str | None) -> list[Row]:

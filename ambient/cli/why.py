@@ -15,6 +15,7 @@ import click
 
 from ambient.cli.maps import read_names
 from ambient.cli.output import emit, output_option
+from ambient.cli.pods import remembered, status_of
 from ambient.cli.target import Target, find_nodes, target_options
 from ambient.datapath.decide import Candidate
 from ambient.datapath.drift import key_text
@@ -36,6 +37,8 @@ from ambient.io.bpf_maps import Maps
 from ambient.settings import NodeSettings
 
 Row = dict[str, Any]
+AGENT_S = 4.0
+"""How long an agent may take to answer; one that does not is looked past."""
 
 
 def split_destination(text: str) -> tuple[str, int]:
@@ -126,6 +129,7 @@ def _kernel(node: NodeSettings, cookie: int, address: str, port: int) -> Kernel:
             service=service,
             candidates=candidates,
             policies=names.policies,
+            services=names.services,
             entries=tuple(_entries(names, enrolled, service, port, candidates)),
         )
 
@@ -192,7 +196,7 @@ def _agents(nodes: dict[str, NodeSettings], path: str) -> dict[str, Row]:
     found: dict[str, Row] = {}
     for name, node in nodes.items():
         try:
-            found[name] = ask_json(Path(node.run_dir) / "agent.sock", path)
+            found[name] = ask_json(Path(node.run_dir) / "agent.sock", path, AGENT_S)
         except PlatformFault as fault:
             click.echo(f"ambient: {name}: {fault}", err=True)
     return found
@@ -201,7 +205,11 @@ def _agents(nodes: dict[str, NodeSettings], path: str) -> dict[str, Row]:
 def gather(name: str, destination: str, family: int, nodes: dict[str, NodeSettings]) -> tuple[Facts, str]:
     """Everything that is known about the connection, and what the destination is. Raises ConfigFault, PlatformFault."""
     host, port = split_destination(destination)
-    source = find_source(name, _agents(nodes, "/status"))
+    statuses = _agents(nodes, "/status")
+    silent = {where: node for where, node in nodes.items() if where not in statuses}
+    for where, node in silent.items():
+        statuses[where] = {"pods": [status_of(pod) for pod in remembered(node)]}
+    source = find_source(name, statuses)
     node = nodes[source.node]
     dump = ask_json(Path(node.run_dir) / "ztunnel.sock", "/config_dump")
     address, what = resolve(host, port, source.name.partition("/")[0], dump, family)
@@ -215,7 +223,7 @@ def gather(name: str, destination: str, family: int, nodes: dict[str, NodeSettin
     ends = [h["endpoint"].rpartition(":")[0].strip("[]") for h in route.get("hops", ())]
     drift = [
         {"node": where, **row}
-        for where, found in _agents(nodes, "/diff").items()
+        for where, found in _agents({n: s for n, s in nodes.items() if n not in silent}, "/diff").items()
         for row in touching(
             found["drift"], source.cookie, address, port, ends, kernel.entries if where == node.node_name else ()
         )

@@ -40,6 +40,10 @@ def heartbeat_stopped(settings: SettingsValue, now_ns: int) -> bool:
     return timeout_ns != 0 and now_ns > settings.heartbeat_ns and now_ns - settings.heartbeat_ns > timeout_ns
 
 
+def agent_is_silent(settings: SettingsValue, now_ns: int) -> bool:
+    return now_ns > settings.heartbeat_ns and now_ns - settings.heartbeat_ns > LAYOUT["AGENT_SILENT_S"] * 10**9
+
+
 def address_in_range(address: str, wanted: Range) -> bool:
     shift = 128 - min(max(wanted.prefix, 0), 128)
     ours, theirs = (int.from_bytes(address_bytes(text), "big") for text in (address, wanted.base))
@@ -121,7 +125,7 @@ class Candidate:
     wanted: int = 0
 
 
-def same_node(pod: EnrolledValue, candidate: Candidate, settings: SettingsValue) -> tuple[int, int]:
+def same_node(pod: EnrolledValue, candidate: Candidate, settings: SettingsValue, now_ns: int) -> tuple[int, int]:
     """What bpf/common.c's function of this name makes of one candidate: enum reason and ACCELERATION_*.
 
     REASON_KERNEL: the connection goes straight there. Any other reason: to ztunnel, REASON_CAPTURED being the one that
@@ -129,6 +133,8 @@ def same_node(pod: EnrolledValue, candidate: Candidate, settings: SettingsValue)
     """
     captured, workload = _REASON["REASON_CAPTURED"], candidate.workload
     if workload is None or not is_same_node(workload) or not settings.complete or candidate.port in _GUARDED:
+        return captured, LAYOUT["ACCELERATION_OFF"]
+    if agent_is_silent(settings, now_ns):
         return captured, LAYOUT["ACCELERATION_OFF"]
     if candidate.wanted and workload.workload != candidate.wanted:
         return captured, LAYOUT["ACCELERATION_OFF"]

@@ -57,6 +57,8 @@ class Kernel:
     """What the connect hook could choose: the usable slots of the service, or the pod that was dialled."""
     policies: Mapping[int, str] = field(default_factory=dict)
     """Names of the node-local numbers of policies."""
+    services: Mapping[int, str] = field(default_factory=dict)
+    """Likewise."""
     entries: tuple[tuple[str, str], ...] = ()
     """Map and key, as /diff names them, of the slots and verdicts the connect hook would look at."""
 
@@ -152,7 +154,7 @@ def _connect(steps: _Steps, facts: Facts) -> str:
         reason = "share_exceeded"
     known = []
     if kernel.service:
-        known.append(f"service {kernel.service.service}")
+        known.append(f"service {kernel.services.get(kernel.service.service, kernel.service.service)}")
     if kernel.workload:
         known.append("workload " + (",".join(flag_names("WORKLOAD_", kernel.workload.flags)) or "without flags"))
     what = " and ".join(known) or ("unknown address inside the cluster" if out.in_cluster else "unknown address")
@@ -168,24 +170,27 @@ def _same_node(steps: _Steps, facts: Facts) -> dict[str, list[str]]:
     names = {LAYOUT["ACCELERATION_DIRECT"]: "direct", LAYOUT["ACCELERATION_REDIRECT"]: "redirect"}
     chosen: dict[str, list[str]] = {}
     for candidate in dict.fromkeys(kernel.candidates):
-        number, agreed = decide.same_node(enrolled, candidate, kernel.settings)
+        number, agreed = decide.same_node(enrolled, candidate, kernel.settings, kernel.now_ns)
         reason = reason_name(number)
         end = socket_text(candidate.address, candidate.port)
         path = names[agreed] if reason == "kernel" else "ztunnel"
         chosen.setdefault(path, []).append(end)
         why = _SAME_NODE.get(reason, reason)
+        if reason == "kernel" and candidate.workload is not None:
+            anybody = candidate.workload.flags & LAYOUT["WORKLOAD_ALLOW_ANY"]
+            why += "no policy selects the destination" if anybody else "its verdict allows the connection"
         if candidate.verdict is not None and candidate.verdict.policy:
             why += f"; policy {kernel.policies.get(candidate.verdict.policy, candidate.verdict.policy)}"
         if reason == "acceleration_off" and kernel.settings.acceleration & LAYOUT["NO_DESTROY"]:
             why = "this kernel cannot close connections (SOCK_DESTROY): ztunnel decides, which can"
         if reason == "captured":
-            why = _not_here(candidate, kernel.settings)
+            why = _not_here(candidate, kernel)
         steps.add("same node", f"{facts.source.node} kernel", f"{end}: {reason}, {path}", why)
     return chosen
 
 
 _SAME_NODE = {
-    "kernel": "both ends are enrolled on this node, and the connection is allowed",
+    "kernel": "both ends are enrolled on this node, and ",
     "no_verdict": "policies select the destination and no verdict is written for this identity: ztunnel decides",
     "stale_verdict": "the verdict is of an earlier generation of the destination: ztunnel decides",
     "verdict_denies": "the verdict denies: ztunnel refuses and logs it",
@@ -193,8 +198,8 @@ _SAME_NODE = {
 }
 
 
-def _not_here(candidate: decide.Candidate, settings: SettingsValue) -> str:
-    workload = candidate.workload
+def _not_here(candidate: decide.Candidate, kernel: Kernel) -> str:
+    workload, settings = candidate.workload, kernel.settings
     if workload is None:
         return "the kernel knows no workload there"
     if not settings.complete:
@@ -205,6 +210,9 @@ def _not_here(candidate: decide.Candidate, settings: SettingsValue) -> str:
         return "the destination runs on another node"
     if not workload.flags & decide.ENROLLED:
         return "the destination is not enrolled"
+    if decide.agent_is_silent(settings, kernel.now_ns):
+        silent_s = (kernel.now_ns - settings.heartbeat_ns) / 1e9
+        return f"the agent was last heard of {silent_s:.0f} s ago, so verdicts do not count: ztunnel decides"
     return "the address has another owner by now, or the port belongs to the mesh"
 
 

@@ -16,19 +16,20 @@ TIMEOUT_S = 10.0
 class _UnixConnection(http.client.HTTPConnection):
     """HTTP over a unix socket."""
 
-    def __init__(self, path: Path) -> None:
-        super().__init__("localhost", timeout=TIMEOUT_S)
+    def __init__(self, path: Path, timeout_s: float) -> None:
+        super().__init__("localhost", timeout=timeout_s)
+        self._timeout_s = timeout_s
         self._path = path
 
     def connect(self) -> None:
         self.sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-        self.sock.settimeout(TIMEOUT_S)
+        self.sock.settimeout(self._timeout_s)
         self.sock.connect(str(self._path))
 
 
-def ask(path: Path, target: str, method: str = "GET") -> str:
+def ask(path: Path, target: str, method: str = "GET", timeout_s: float = TIMEOUT_S) -> str:
     """The text of an answer with status 200. PlatformFault names the socket and what to look at otherwise."""
-    connection = _UnixConnection(path)
+    connection = _UnixConnection(path, timeout_s)
     try:
         connection.request(method, target)
         response = connection.getresponse()
@@ -42,9 +43,9 @@ def ask(path: Path, target: str, method: str = "GET") -> str:
     return body
 
 
-def ask_json(path: Path, target: str) -> Any:
+def ask_json(path: Path, target: str, timeout_s: float = TIMEOUT_S) -> Any:
     """The same, parsed."""
     try:
-        return json.loads(ask(path, target))
+        return json.loads(ask(path, target, timeout_s=timeout_s))
     except ValueError as error:
         raise PlatformFault(f"{path}: GET {target}: not JSON: {error}") from None

@@ -97,6 +97,13 @@ def test_acceleration_is_agreed_alike(decide, ours, theirs, capabilities) -> Non
     )
 
 
+@settings(max_examples=60, deadline=None)
+@given(now=settings_values)
+def test_a_silent_agent_is_known_alike(decide, now) -> None:  # noqa: F811
+    said = bool(decide.call_agent_is_silent(c_settings(now), ctypes.c_uint64(NOW)))
+    assert twin.agent_is_silent(now, NOW) is said
+
+
 generations = st.sampled_from((0, 1, 2))
 verdicts = st.builds(VerdictValue, generation=generations, allow=st.integers(0, 1), policy=st.integers(0, 1))
 

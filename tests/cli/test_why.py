@@ -171,6 +171,18 @@ def test_the_path_within_a_node_is_that_of_verdict_and_acceleration(
     assert ("SOCK_DESTROY" in step["why"]) is cannot_close
 
 
+def test_what_allows_a_connection_and_an_agent_that_is_silent_are_told() -> None:
+    facts, _ = within(DIRECT[0], DIRECT[1] | ANY)
+    assert "no policy selects the destination" in explain(facts).steps[2]["why"]
+    judged, _ = within(DIRECT[0], DIRECT[1], VerdictValue(5, 1, 4))
+    assert "its verdict allows the connection; policy shop/p" in explain(judged).steps[2]["why"]
+    for silent_s, path in ((15, "direct"), (16, "ztunnel")):
+        settings = replace(SETTINGS, heartbeat_ns=NOW - silent_s * 10**9)
+        outcome = explain(replace(facts, kernel=replace(facts.kernel, settings=settings)))
+        assert outcome.path == path
+        assert ("last heard of 16 s ago" in outcome.steps[2]["why"]) is (silent_s == 16)
+
+
 def test_a_service_with_endpoints_here_and_elsewhere_goes_both_ways() -> None:
     facts, here = within(DIRECT[0], DIRECT[1] | ANY)
     away = Candidate("10.0.2.2", 8080, WorkloadValue(3, ENROLLED, 5))
@@ -192,6 +204,8 @@ def test_drift_is_told_as_what_the_kernel_holds_and_the_control_plane_says() -> 
     }
     other = {**row, "key": "10.0.1.9"}
     assert touching([row, other], 77, "10.0.1.2", 8080, []) == [row]
+    slot = {**row, "map": "endpoints", "key": "shop/b:80 slot 0"}
+    assert touching([slot, other], 77, "10.0.1.2", 8080, [], [("endpoints", "shop/b:80 slot 0")]) == [slot]
     (step,) = [s for s in explain(replace(FACTS, drift=[row])).steps if s["step"] == "drift"]
     assert step["why"] == "the kernel holds flags=[] while the control plane says flags=['enrolled']"
     missing = explain(replace(FACTS, drift=[{**row, "actual": {}}])).steps[1]["why"]

@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
+import time
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import pytest
 
+from ambient.datapath.layout import LAYOUT
 from ambient.datapath.values import WorkloadValue
 from ambient.io.bpf_maps import Maps
 from ambient.lab.driver import CommandFailed, eventually
@@ -139,3 +144,70 @@ def test_the_path_within_a_node_is_foretold_and_taken(mesh: Mesh, shop: str) -> 
     assert f"{shop}/no-a" in path["detail"] and not goes(mesh, shop, "a", vip, 80)
     mesh.remove(shop, "authorizationpolicy", "no-a")
     eventually(lambda: foretold("direct"), 15, "the kernel path after the denial is gone")
+
+
+def within(rows: list[dict[str, Any]]) -> dict[str, Any]:
+    """The connect hook's decision within the node; the only one there is."""
+    (row,) = [r for r in rows if r["step"] == "same node"]
+    return row
+
+
+def test_each_reason_of_the_kernel_is_foretold_explained_and_taken(mesh: Mesh, shop: str) -> None:
+    c = mesh.address(shop, "c")
+
+    def says(path: str, *words: str, drift: str = "") -> None:
+        """One question and one connection."""
+        outcome, rows = why(mesh, f"{shop}/a", f"{c}:{PORT}")
+        row = within(rows)
+        said = f"{row['result']}; {row['why']}"
+        assert outcome["path"] == path and all(word in said for word in words), (outcome, said)
+        drifted = [r for r in rows if r["step"] == "drift"]
+        assert len(drifted) == bool(drift) and all(drift in f"{r['result']}; {r['why']}" for r in drifted), drifted
+        assert taken(mesh, shop, c, PORT) == path
+
+    def is_so(result: str) -> bool:
+        return result in within(why(mesh, f"{shop}/a", f"{c}:{PORT}")[1])["result"]
+
+    eventually(lambda: is_so("kernel, direct"), 15, "the kernel path")
+    says("direct", "no policy selects the destination")
+    mesh.apply(shop, authorization("only-a", "ALLOW", "c", f"cluster.local/ns/{shop}/sa/a"))
+    mesh.await_policy("node1", f"{shop}/only-a")
+    policy = f"policy {shop}/only-a"
+    eventually(lambda: policy in within(why(mesh, f"{shop}/a", f"{c}:{PORT}")[1])["why"], 15, "the verdict")
+    says("direct", "its verdict allows the connection", policy)
+    with Maps.open(str(mesh.lab.bpffs / "node1")) as maps:
+        workload = maps.workloads[c]
+        ((key, right),) = ((k, v) for k, v in maps.verdicts.items() if k.workload == workload.workload and v.allow)
+        name = f"verdicts spiffe://cluster.local/ns/{shop}/sa/a -> {shop}/c:*"
+        try:
+            maps.verdicts[key] = replace(right, generation=right.generation - 1)
+            holds = f"the kernel holds generation={right.generation - 1} while the control plane says generation="
+            says("ztunnel", "stale_verdict", "an earlier generation", drift=f"{name}: differs; {holds}")
+            maps.verdicts[key] = replace(right, allow=0)
+            holds = "the kernel holds verdict=deny while the control plane says verdict=allow"
+            says("ztunnel", "verdict_denies", drift=f"{name}: differs; {holds}")
+            maps.verdicts.delete(key)
+            says("ztunnel", "no_verdict", drift=f"{name}: missing; the kernel holds nothing")
+        finally:
+            maps.verdicts[key] = right
+        maps.workloads[c] = replace(workload, flags=workload.flags | LAYOUT["WORKLOAD_WAYPOINT"])
+        try:
+            says("ztunnel", "captured", "the destination has a waypoint", drift=f"workloads {c}: differs")
+        finally:
+            maps.workloads[c] = workload
+        agent = mesh.agent("node1")["pid"]
+        os.kill(agent, signal.SIGSTOP)
+        try:
+            assert maps.settings is not None
+            maps.settings = replace(maps.settings, heartbeat_ns=time.monotonic_ns() - 20 * 10**9)
+            says("ztunnel", "the agent was last heard of 2", "verdicts do not count")
+        finally:
+            os.kill(agent, signal.SIGCONT)
+    eventually(lambda: is_so("kernel, direct"), 10, "the kernel path while the agent is heard of again")
+    somewhere = authorization("only-a", "ALLOW", "c", f"cluster.local/ns/{shop}/sa/a")
+    somewhere["spec"]["rules"][0]["from"][0]["source"]["ipBlocks"] = [f"{mesh.address(shop, 'a')}/32"]
+    mesh.apply(shop, somewhere)
+    eventually(lambda: is_so("no_verdict"), 15, "the clause on addresses")
+    says("ztunnel", "no_verdict", "no verdict is written for this identity: ztunnel decides")
+    mesh.remove(shop, "authorizationpolicy", "only-a")
+    eventually(lambda: is_so("kernel, direct"), 15, "the kernel path again")
