@@ -41,8 +41,19 @@ static __always_inline void look(struct __sk_buff *skb, struct tuple_key *key, s
 		end->sighting |= END_EDGE;
 		count(REASON_REDIRECT_EDGE);
 	} else if (consumed != end->seen_seq) {
-		if (sockets.insert(key, sk))
+		struct hashed_value *mark = hashed.sk_storage_get(sk, 0, 0);
+
+		/* Of an earlier connection: it may hold what it never read of that one. */
+		if (mark)
 			goto out;
+		mark = hashed.sk_storage_get(sk, 0, BPF_SK_STORAGE_GET_F_CREATE);
+		if (!mark)
+			goto out;
+		mark->since_ns = now;
+		if (sockets.insert(key, sk)) {
+			hashed.sk_storage_delete(sk);
+			goto out;
+		}
 		/* Whoever reads now may still be in the call of before: sk_msg waits for a byte read after this. */
 		end->seen_seq = read32(sock, OFF_TCP_COPIED_SEQ);
 		end->sock = sock;

@@ -1,4 +1,5 @@
-/* setsockopt.c - cgroup/setsockopt at the pods' cgroup: refuses on a socket in `sockets` what kernels get wrong there.
+/* setsockopt.c - cgroup/setsockopt at the pods' cgroup: refuses on a socket that is, or was, in `sockets` what kernels get
+ * wrong there.
  *
  * TCP_ULP (kernel TLS over a sockhash corrupts or worse on some kernels) and SO_ZEROCOPY (its completions never come).
  * EPERM; applications take both as not available and go on. Everything else passes untouched.
@@ -11,31 +12,13 @@
 
 int setsockopt(struct bpf_sockopt *ctx)
 {
-	struct tuple_key own, theirs;
-	struct flow_value *flow;
-	struct flow_end *end;
-
-	if (!(ctx->level == LEVEL_TCP && ctx->optname == OPTION_ULP) &&
-	    !(ctx->level == LEVEL_SOCKET && ctx->optname == OPTION_ZEROCOPY)) {
-		ctx->optlen = 0; /* the caller's own value, however long */
-		return LET;
+	if ((ctx->level == LEVEL_TCP && ctx->optname == OPTION_ULP) ||
+	    (ctx->level == LEVEL_SOCKET && ctx->optname == OPTION_ZEROCOPY)) {
+		if (sockopt_sock(ctx) && hashed.sk_storage_get(sockopt_sock(ctx), 0, 0)) {
+			count(REASON_REDIRECT_OPTION);
+			return REFUSE;
+		}
 	}
-	own = sockopt_tuple(ctx);
-	theirs = other_end(&own);
-	flow = flows.lookup(&own);
-	if (flow) {
-		end = &flow->server;
-	} else {
-		flow = flows.lookup(&theirs);
-		if (!flow)
-			goto untouched;
-		end = &flow->client;
-	}
-	if (end->sighting & END_INSERTED) {
-		count(REASON_REDIRECT_OPTION);
-		return REFUSE;
-	}
-untouched:
-	ctx->optlen = 0;
+	ctx->optlen = 0; /* the caller's own value, however long */
 	return LET;
 }

@@ -36,11 +36,15 @@ int sk_msg(struct sk_msg_md *ctx)
 		return SK_PASS;
 	mine = serving ? &flow->server : &flow->client;
 	peer = serving ? &flow->client : &flow->server;
+	/* A socket that was disconnected stays in the sockhash, and in another namespace may have these addresses too: what
+	 * is written of a flow is written by its own two sockets. */
+	if (mine->sock != sender || !sock_is(sender, mine->cookie))
+		return SK_PASS;
 	seen.now_ns = bpf_ktime_get_ns();
 	if (!(now->acceleration & CAN_REDIRECT) || (now->acceleration & DRAINING) ||
 	    mine->state == FLOW_BLOCKING || peer->state == FLOW_BLOCKING ||
-	    !(mine->sighting & END_INSERTED) || !(peer->sighting & END_INSERTED) || mine->sock != sender ||
-	    sock_zerocopy(sender) || !sock_is(peer->sock, peer->cookie))
+	    !(mine->sighting & END_INSERTED) || !(peer->sighting & END_INSERTED) || !msg_may_send(ctx) ||
+	    (peer->flags & END_CLOSED) || sock_zerocopy(sender) || !sock_is(peer->sock, peer->cookie))
 		return go_native(mine, seen.now_ns);
 
 	seen.size = msg_size(ctx);

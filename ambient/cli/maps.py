@@ -40,6 +40,7 @@ _ROWS: dict[str, Callable[[Maps, render.Names], list[Row]]] = {
 }
 _NOT_LISTABLE = {
     "pending": "lives in sockets and cannot be listed",
+    "hashed": "lives in sockets and cannot be listed",
     "events": "is a ring buffer that is consumed, not listed",
 }
 _NOT_IN_TABLE = {

@@ -11,6 +11,7 @@ MAP_PURPOSE: Final[dict[str, str]] = {
     "endpoints": "service port and slot -> endpoint, as this node prefers them",
     "verdicts": "source identity, destination workload and port -> whether the kernel may let it connect",
     "pending": "socket -> what the connect hook decided (lives in the socket, not listable)",
+    "hashed": "socket -> that it was put into sockets (lives in the socket, not listable)",
     "redirects": "captured connection -> where its application wanted to go",
     "authorized": "connection into a pod -> who let it in",
     "origins": "connection into a pod -> the client address its application is shown",

@@ -34,9 +34,13 @@ SPEC: Final[dict[str, tuple[int, int, int]]] = {
     "counters": (4, 8, LAYOUT["COUNTERS_MAX"]),
     "settings": (4, v.SettingsValue.size(), LAYOUT["SETTINGS_MAX"]),
     "pending": (4, LAYOUT.structs["pending_value"].size, 0),
+    "hashed": (4, LAYOUT.structs["hashed_value"].size, 0),
 }
-"""Map -> bytes of key, bytes of value, limit. `pending` lives in sockets and can be seen only from programs;
-`events` is a ring buffer, whose limit is in bytes."""
+"""Map -> bytes of key, bytes of value, limit. Those of `IN_SOCKETS` can be seen only from programs; `events` is a ring
+buffer, whose limit is in bytes."""
+
+IN_SOCKETS: Final = frozenset({"pending", "hashed"})
+"""Maps that live in sockets."""
 
 K = TypeVar("K")
 V = TypeVar("V")
@@ -225,7 +229,7 @@ class Maps:
         tables: dict[str, bpf_sys.Table] = {}
         try:
             for name, (key, value, entries) in SPEC.items():
-                if name == "pending":
+                if name in IN_SOCKETS:
                     continue
                 table = bpf_sys.Table(bpf_sys.obj_get(str(directory / "maps" / name)), name)
                 tables[name] = table

@@ -22,7 +22,7 @@ from ambient.datapath.layout import LAYOUT
 from ambient.datapath.values import EnrolledValue, SettingsValue
 from ambient.errors import AmbientError, PlatformFault
 from ambient.io import bpf_links, bpf_sys, cgroup, netns
-from ambient.io.bpf_maps import Maps
+from ambient.io.bpf_maps import IN_SOCKETS, Maps
 
 POD: Final = "198.18.0.1"
 """RFC 2544: addresses for tests of equipment."""
@@ -41,7 +41,7 @@ def run(maps: Mapping[str, int], programs: Mapping[str, int], node_cgroup: Path)
 
     ``maps`` and ``programs`` are descriptors by name; nobody else uses them yet.
     """
-    tables = {name: bpf_sys.Table(os.dup(fd), name) for name, fd in maps.items() if name != "pending"}
+    tables = {name: bpf_sys.Table(os.dup(fd), name) for name, fd in maps.items() if name not in IN_SOCKETS}
     opened = Maps(Path("self-test"), tables)
     home = netns.open_own()
     try:

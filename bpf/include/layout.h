@@ -84,7 +84,9 @@ enum reason {
 	REASON_REDIRECT_ZEROCOPY = 35,  /* sender uses SO_ZEROCOPY: not put into the sockhash */
 	REASON_REDIRECT_OPTION = 36,    /* TCP_ULP or SO_ZEROCOPY on a socket of the sockhash refused */
 	REASON_REDIRECT_EDGE = 37,      /* somebody waits edge-triggered: not put into the sockhash, or the message went native */
-	REASON_MAX = 38,
+	REASON_FOREIGN_SOURCE = 38,     /* same node, but the source address is not the pod's: not authorized, steered */
+	REASON_TUPLE_TAKEN = 39,        /* same node, but a flow that lives has these addresses: not authorized, steered */
+	REASON_MAX = 40,
 };
 
 /* What a listener in a pod's namespace is for. */
@@ -246,6 +248,13 @@ struct pending_value {
 	__u16 pad;
 };
 _Static_assert(sizeof(struct pending_value) == 112, "pending_value");
+
+/* hashed (sk_storage): this socket is, or was, in `sockets`. The kernel takes it out when it is closed and not before, so
+ * also not when it is disconnected and used again. */
+struct hashed_value {
+	__u64 since_ns;
+};
+_Static_assert(sizeof(struct hashed_value) == 8, "hashed_value");
 
 /* redirects: two kinds of key in one map. Until accept the key is the client's 4-tuple in its namespace
  * (cookie 0); from PASSIVE_ESTABLISHED on it is the accepted socket's cookie (everything else 0). */

@@ -37,6 +37,10 @@ BPF_F_TABLE("hash", struct verdict_key, struct verdict_value, verdicts, VERDICTS
  * connect. No limit of its own: it is part of the socket. */
 BPF_SK_STORAGE(pending, struct pending_value);
 
+/* hashed: socket -> that it was put into `sockets`, once in its life. Written by enrol; read by it and by setsockopt. Dies
+ * with the socket. */
+BPF_SK_STORAGE(hashed, struct hashed_value);
+
 /* redirects: a captured connection -> what the application dialled. Written by sock_ops at TCP_CONNECT_CB under
  * the client's 4-tuple, moved by it at PASSIVE_ESTABLISHED under the cookie of ztunnel's accepted socket; taken
  * by ztunnel after accept(). Dies when taken, or with the socket it is filed under. 131,072: entries live for

@@ -145,6 +145,14 @@ static __always_inline __u64 msg_sock(struct sk_msg_md *ctx)
 	return ctx->sk ? sock_address(ctx->sk) : 0;
 }
 
+/* Whether TCP would take the message: after its FIN, a reset or an abort it refuses, which redirection would not. */
+static __always_inline int msg_may_send(struct sk_msg_md *ctx)
+{
+	__u32 state = ctx->sk ? ctx->sk->state : 0;
+
+	return state == STATE_ESTABLISHED || state == STATE_CLOSE_WAIT;
+}
+
 static __always_inline __u32 msg_size(struct sk_msg_md *ctx)
 {
 	return ctx->size;
@@ -205,23 +213,9 @@ static __always_inline __u32 packet_tuple(struct __sk_buff *skb, struct tuple_ke
 	return length;
 }
 
-static __always_inline struct tuple_key sockopt_tuple(struct bpf_sockopt *ctx)
+static __always_inline struct bpf_sock *sockopt_sock(struct bpf_sockopt *ctx)
 {
-	struct tuple_key key = {};
-	struct bpf_sock *sk = ctx->sk;
-
-	if (!sk)
-		return key;
-	if (sk->family == FAMILY_INET6) {
-		key.local = address_of6(WORD(sk->src_ip6[0]), WORD(sk->src_ip6[1]), WORD(sk->src_ip6[2]), WORD(sk->src_ip6[3]));
-		key.remote = address_of6(WORD(sk->dst_ip6[0]), WORD(sk->dst_ip6[1]), WORD(sk->dst_ip6[2]), WORD(sk->dst_ip6[3]));
-	} else {
-		key.local = address_of4(sk->src_ip4);
-		key.remote = address_of4(sk->dst_ip4);
-	}
-	key.local_port = sk->src_port;
-	key.remote_port = swap16((__u16)sk->dst_port);
-	return key;
+	return ctx->sk;
 }
 
 #endif

@@ -90,6 +90,7 @@ MAPS = (
     "workloads",
     "services",
     "pending",
+    "hashed",
     "redirects",
     "authorized",
     "origins",

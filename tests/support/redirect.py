@@ -130,7 +130,7 @@ class Duplex:
 class Held:
     """One connection whose two ends the test process holds; both non-blocking."""
 
-    def __init__(self, node: Node, client: Pod, server: Pod, port: int = 6000) -> None:
+    def __init__(self, node: Node, client: Pod, server: Pod, port: int = 6000, bound: int = 0) -> None:
         self.node = node
         with _made_in(server):
             listener = netns.create_socket(server.fd, socket.AF_INET, socket.SOCK_STREAM)
@@ -140,6 +140,8 @@ class Held:
         with _made_in(client):
             self.client = netns.create_socket(client.fd, socket.AF_INET, socket.SOCK_STREAM)
         self.client.settimeout(5)
+        if bound:
+            self.client.bind((client.ip4, bound))
         self.client.connect((server.ip4, port))
         listener.settimeout(5)
         self.server, peer = listener.accept()
