@@ -51,6 +51,22 @@ static __always_inline int current_in(const __u64 *cgroups, int length)
 	return 0;
 }
 
+/* Whether the address is the pod's. In its namespace a pod may have any other as well, and what is kept under another's
+ * address is another's. */
+static __always_inline int is_own_address(struct enrolled_value *pod, const struct address *local)
+{
+	struct address address = *local;
+	struct workload_value *workload = workloads.lookup(&address);
+
+	return workload && workload->workload == pod->workload;
+}
+
+/* Whether an unbound socket can be bound to the pod's address of the target's family. */
+static __always_inline int has_address(struct enrolled_value *pod, const struct address *target)
+{
+	return !address_is_any(address_is4(target) ? &pod->address4 : &pod->address6);
+}
+
 /* The verdict for a port, or for all ports that have none of their own. */
 static __always_inline struct verdict_value *verdict_for(__u32 identity, __u32 workload, __u16 port)
 {
@@ -72,13 +88,14 @@ static __always_inline struct verdict_value *verdict_for(__u32 identity, __u32 w
 /* Of a captured connect: may it go straight to an endpoint of this node instead? REASON_KERNEL if so, with the record
  * filled; REASON_CAPTURED if not, and then ztunnel honours the endpoint if one was chosen. */
 static __always_inline enum reason same_node(struct pending_value *record, struct enrolled_value *pod,
-					     struct service_value *service, struct settings_value *now)
+					     struct service_value *service, struct settings_value *now,
+					     const struct address *bound)
 {
 	struct address target = record->original;
 	__u16 port = record->original_port;
-	struct workload_value *workload;
+	struct workload_value *found, there = {};
 	enum reason reason = REASON_KERNEL;
-	__u32 wanted = 0;
+	__u32 wanted = 0, identity;
 
 	if (service) {
 		struct endpoint_key slot = {};
@@ -102,25 +119,33 @@ static __always_inline enum reason same_node(struct pending_value *record, struc
 		record->endpoint = target;
 		record->endpoint_port = port;
 	}
-	workload = workloads.lookup(&target);
-	if (!workload || !is_same_node(workload) || !now->complete || is_guarded_port(port))
+	if (address_is_any(bound) ? !has_address(pod, &target) : !is_own_address(pod, bound))
+		return REASON_CAPTURED;
+	found = workloads.lookup(&target);
+	if (!found)
+		return REASON_CAPTURED;
+	/* The generation first: a verdict that is written for a later one is then void. What is read after it may be of another
+	 * entry, because the memory of one that was replaced is used again at once; then this generation is over. */
+	there.generation = *(volatile __u64 *)&found->generation;
+	there.flags = *(volatile __u32 *)&found->flags;
+	there.workload = *(volatile __u32 *)&found->workload;
+	if (!is_same_node(&there) || !now->complete || is_guarded_port(port))
 		return REASON_CAPTURED;
 	if (agent_is_silent(now, bpf_ktime_get_ns()))
 		return REASON_CAPTURED;
-	if (wanted && workload->workload != wanted)
+	if (wanted && there.workload != wanted)
 		return REASON_CAPTURED; /* the address has another owner by now */
-	record->acceleration = agreed_acceleration(pod->flags, workload->flags, now->acceleration);
+	record->acceleration = agreed_acceleration(pod->flags, there.flags, now->acceleration);
 	if (record->acceleration == ACCELERATION_OFF) {
 		count(REASON_ACCELERATION_OFF);
 		return REASON_CAPTURED;
 	}
-	/* The generation first: a verdict that is written for a later one is then void. */
-	record->generation = *(volatile __u64 *)&workload->generation;
+	identity = *(volatile __u32 *)&pod->identity;
 	record->policy = 0;
-	if (!(workload->flags & WORKLOAD_ALLOW_ANY)) {
-		struct verdict_value *verdict = verdict_for(pod->identity, workload->workload, port);
+	if (!(there.flags & WORKLOAD_ALLOW_ANY)) {
+		struct verdict_value *verdict = verdict_for(identity, there.workload, port);
 
-		reason = judge(verdict, record->generation);
+		reason = judge(verdict, there.generation);
 		if (verdict)
 			record->policy = verdict->policy;
 	}
@@ -128,8 +153,13 @@ static __always_inline enum reason same_node(struct pending_value *record, struc
 		count(reason);
 		return REASON_CAPTURED;
 	}
-	record->workload = workload->workload;
-	record->identity = pod->identity;
+	/* For the same reason: nobody goes under the identity of whose entry took the place of ours meanwhile. */
+	pod = enrolled.lookup(&record->netns);
+	if (!pod || *(volatile __u32 *)&pod->identity != identity)
+		return REASON_CAPTURED;
+	record->identity = identity;
+	record->workload = there.workload;
+	record->generation = there.generation;
 	record->remote = target;
 	record->remote_port = port;
 	return REASON_KERNEL;
@@ -175,6 +205,6 @@ static __always_inline enum reason outbound(struct pending_value *record, struct
 	reason = decide_outbound(&out, now);
 	/* A socket bound to loopback reaches ztunnel there, but no pod. */
 	if (reason == REASON_CAPTURED && stream && !address_is_loopback(bound))
-		return same_node(record, pod, service, now);
+		return same_node(record, pod, service, now, bound);
 	return reason;
 }

@@ -50,8 +50,8 @@ static __always_inline int refused(enum reason reason)
 }
 
 /* Only a stream socket nobody bound: a bound one keeps its address, and the kernel binds only once. The pod's address
- * is then what getsockname shows and what reaches ztunnel's listener on loopback. On the way to another pod the kernel
- * chooses it anyway. */
+ * is then what getsockname shows, what reaches ztunnel's listener on loopback, and, on the way to another pod, the one
+ * that is authorized: routes of the pod's own do not choose another. */
 static __always_inline int wants_bind(struct bpf_sock_addr *ctx, const struct address *address)
 {
 	return ctx->protocol == PROTOCOL_TCP && !address_is_any(address) && !sock_source_port(sockaddr_sock(ctx));
@@ -74,7 +74,7 @@ int connect4(struct bpf_sock_addr *ctx)
 		count(reason);
 		return refused(reason) ? REFUSE : LET;
 	}
-	if (reason != REASON_KERNEL && wants_bind(ctx, &pod->address4)) {
+	if (wants_bind(ctx, &pod->address4)) {
 		local.sin_family = FAMILY_INET;
 		local.sin_addr.s_addr = address_word(&pod->address4, 3);
 		if (bpf_bind(ctx, (struct sockaddr *)&local, sizeof(local))) {
@@ -113,7 +113,7 @@ int connect6(struct bpf_sock_addr *ctx)
 	}
 	/* ::ffff:a.b.c.d on an IPv6 socket is IPv4: bound and sent on as such, in its mapped form. */
 	own = address_is4(&record.original) ? pod->address4 : pod->address6;
-	if (reason != REASON_KERNEL && wants_bind(ctx, &own)) {
+	if (wants_bind(ctx, &own)) {
 		local.sin6_family = FAMILY_INET6;
 		__builtin_memcpy(&local.sin6_addr, &own, sizeof(own));
 		if (bpf_bind(ctx, (struct sockaddr *)&local, sizeof(local))) {

@@ -100,22 +100,27 @@ static __always_inline void report(struct tuple_key *key, struct flow_value *flo
 }
 
 /* The 4-tuple is used again while the server's socket of its last use is still open: that flow is over for its client.
- * Where the ring buffer is full it is filed aside, under a key that no connection has. */
-static __always_inline void supersede(struct tuple_key *key)
+ * Where the ring buffer is full it is filed aside, under a key that no connection has. Non-zero: the flow is another
+ * socket's that lives, which a socket bound to another device can have the 4-tuple of; it must stay where the agent
+ * finds it. */
+static __always_inline int supersede(struct tuple_key *key)
 {
 	struct flow_value *old = flows.lookup(key);
 	struct tuple_key aside = *key;
 
 	if (!old)
-		return;
+		return 0;
+	if (!(*(volatile __u32 *)&old->client.flags & END_CLOSED))
+		return 1;
 	__builtin_memset(&old->server.cookie, 0, sizeof(old->server.cookie));
 	report(key, old);
 	old = flows.lookup(key);
 	if (!old)
-		return;
+		return 0;
 	aside.pad = (__u32)old->created_ns | 1;
 	flows.update(&aside, old);
 	flows.delete(key);
+	return 0;
 }
 
 /* A connection within the node: first the flow, then what lets it in, so that there is none that nobody accounts for. */
@@ -128,12 +133,19 @@ static __always_inline void write_flow(struct bpf_sock_ops *ctx, struct bpf_sock
 
 	if (!pod)
 		return; /* un-enrolled since connect: steered */
+	if (!is_own_address(pod, &own->local)) {
+		count(REASON_FOREIGN_SOURCE);
+		return;
+	}
 	if (pod->flows >= pod->flows_max) {
 		__sync_fetch_and_add(&pod->refused, 1);
 		count(REASON_SHARE_EXCEEDED);
 		return;
 	}
-	supersede(&key);
+	if (supersede(&key)) {
+		count(REASON_TUPLE_TAKEN);
+		return;
+	}
 	{
 		struct flow_value flow = {};
 
@@ -181,7 +193,7 @@ static __always_inline void connecting(struct bpf_sock_ops *ctx, struct bpf_sock
 		struct authorized_value *entry = authorized.lookup(&theirs);
 
 		/* ztunnel's own delivery: its entries go with the socket, also when ztunnel is killed. */
-		if (entry && is_here(entry->netns, bpf_get_netns_cookie(ctx)))
+		if (entry && entry->reason == REASON_ZTUNNEL && is_here(entry->netns, bpf_get_netns_cookie(ctx)))
 			follow_state(ctx);
 		return;
 	}
@@ -247,7 +259,7 @@ static __always_inline void accepting(struct bpf_sock_ops *ctx, struct bpf_sock 
 			follow_state(ctx);
 		}
 		authorized.delete((struct tuple_key *)own);
-	} else if (entry && entry->reason != REASON_KERNEL && is_here(entry->netns, netns)) {
+	} else if (entry && (entry->reason == REASON_ZTUNNEL ? is_here(entry->netns, netns) : is_destination(entry, netns))) {
 		authorized.delete((struct tuple_key *)own);
 	}
 	origin = origins.lookup((struct tuple_key *)own);
@@ -368,7 +380,7 @@ static __always_inline void closing(struct bpf_sock_ops *ctx, struct bpf_sock *s
 		origins.delete(own);
 	/* ztunnel's end: if the application never had one, nothing else will remove the entries. */
 	entry = authorized.lookup(&theirs);
-	if (entry && is_here(entry->netns, netns))
+	if (entry && entry->reason == REASON_ZTUNNEL && is_here(entry->netns, netns))
 		authorized.delete(&theirs);
 	origin = origins.lookup(&theirs);
 	if (origin && !origin->accepted && is_here(origin->netns, netns))

@@ -138,6 +138,8 @@ def same_node(pod: EnrolledValue, candidate: Candidate, settings: SettingsValue,
         return captured, LAYOUT["ACCELERATION_OFF"]
     if candidate.wanted and workload.workload != candidate.wanted:
         return captured, LAYOUT["ACCELERATION_OFF"]
+    if not (pod.address6 if ":" in candidate.address else pod.address4):
+        return captured, LAYOUT["ACCELERATION_OFF"]
     agreed = agreed_acceleration(pod.flags, workload.flags, settings.acceleration)
     if agreed == LAYOUT["ACCELERATION_OFF"]:
         return _REASON["REASON_ACCELERATION_OFF"], agreed

@@ -213,7 +213,9 @@ def _not_here(candidate: decide.Candidate, kernel: Kernel) -> str:
     if decide.agent_is_silent(settings, kernel.now_ns):
         silent_s = (kernel.now_ns - settings.heartbeat_ns) / 1e9
         return f"the agent was last heard of {silent_s:.0f} s ago, so verdicts do not count: ztunnel decides"
-    return "the address has another owner by now, or the port belongs to the mesh"
+    return (
+        "the address has another owner by now, the port belongs to the mesh, or the source has no address of its family"
+    )
 
 
 def _mixed(chosen: Mapping[str, Sequence[str]]) -> str:

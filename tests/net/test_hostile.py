@@ -1,0 +1,209 @@
+"""Pods that mean harm: what one does in namespaces and with sockets of its own changes nothing for another, and nothing
+it was allowed once outlives the right to it.
+
+A hostile pod here has CAP_NET_ADMIN and CAP_NET_RAW inside its namespaces: it takes any address, binds to devices,
+reuses sockets, makes no packets where packets are due.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import errno
+import socket
+import struct
+
+import pytest
+
+from ambient.datapath.layout import LAYOUT
+from ambient.io import bpf_links, netns, sock_diag
+from tests.support.netlab import run_ip, until
+from tests.support.redirect import CAN, Held, enrol, read
+
+pytestmark = [pytest.mark.net, pytest.mark.bpf]
+
+SO_BINDTODEVICE = 25
+SO_ZEROCOPY = 60
+TCP_ULP = 31
+_libc = ctypes.CDLL(None, use_errno=True)
+
+
+@pytest.fixture
+def pods(node, make_pod):
+    node.reset(acceleration=CAN)
+    return enrol(make_pod()), enrol(make_pod())
+
+
+@pytest.fixture
+def held(node, pods):
+    found = Held(node, *pods)
+    yield found
+    found.close()
+
+
+@contextlib.contextmanager
+def made_in(pod, family=socket.AF_INET):
+    """A TCP socket of the pod, closed at the end."""
+    with pod.node.member("kubepods/" + pod.name):
+        sock = netns.create_socket(pod.fd, family, socket.SOCK_STREAM)
+    sock.settimeout(5)
+    with sock:
+        yield sock
+
+
+def cookie(sock: socket.socket) -> int:
+    return int.from_bytes(sock.getsockopt(socket.SOL_SOCKET, 57, 8), "little")
+
+
+def unspec(sock: socket.socket) -> None:
+    """Disconnect, as connect() with AF_UNSPEC does."""
+    assert _libc.connect(sock.fileno(), struct.pack("=H14x", socket.AF_UNSPEC), 16) == 0
+
+
+class TestAFlowBelongsToItsSockets:
+    def test_a_second_socket_with_the_same_ports_does_not_take_the_flow(self, node, pods):
+        """Bound to another device, a socket may have the 4-tuple of one that lives; a flow it took over would be out of
+        the agent's sight, and stand when the right to it is gone."""
+        client, server = pods
+        run_ip(
+            client.fd,
+            "link add other0 type veth peer name other1",
+            "link set other0 up",
+            "link set other1 up",
+            f"addr add {client.ip4}/32 dev other0",
+        )
+        run_ip(client.fd, f"route add {server.ip4}/32 dev other0 metric 9")
+        listening = server.puppet()
+        listener = listening.listen(server.ip4, 80)
+        with made_in(client) as one, made_in(client) as two:
+            for sock, device in ((one, b"eth0"), (two, b"other0")):
+                sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+                sock.setsockopt(socket.SOL_SOCKET, SO_BINDTODEVICE, device)
+                sock.bind((client.ip4, 7100))
+            one.connect((server.ip4, 80))
+            listening.accept(listener)
+            ((key, before),) = node.maps.flows.items()
+            assert before.client.cookie == cookie(one)
+            two.setblocking(False)
+            assert two.connect_ex((server.ip4, 80)) == errno.EINPROGRESS
+            assert cookie(two) != cookie(one)
+            assert node.maps.flows[key].client.cookie == cookie(one)
+            assert not node.maps.authorized.items()
+            two.close()
+            assert node.maps.flows[key].client.cookie == cookie(one)
+            assert node.maps.flows[key].server.cookie == before.server.cookie
+
+    def test_another_pods_address_gives_no_part_in_its_flows(self, node, pods, make_pod):
+        victim, server = pods
+        hostile = enrol(make_pod())
+        run_ip(hostile.fd, f"addr add {victim.ip4}/32 dev lo")
+        listening = server.puppet()
+        listener = listening.listen(server.ip4, 80)
+        with made_in(victim) as one, made_in(hostile) as two:
+            for sock in (one, two):
+                sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+                sock.bind((victim.ip4, 7100))
+            one.connect((server.ip4, 80))
+            listening.accept(listener)
+            ((key, _),) = node.maps.flows.items()
+            two.setblocking(False)
+            two.connect_ex((server.ip4, 80))
+            assert node.maps.flows[key].client.cookie == cookie(one)
+            assert not node.maps.authorized.items(), "nobody is let in under another's address"
+            assert hostile.ztunnel_accept()[0]
+
+    def test_routes_do_not_give_a_pod_another_address(self, node, pods, make_pod):
+        victim, server = pods
+        hostile = enrol(make_pod())
+        run_ip(
+            hostile.fd,
+            f"addr add {victim.ip4}/32 dev lo",
+            f"route add {server.ip4}/32 dev eth0 src {victim.ip4}",
+        )
+        listening = server.puppet()
+        listener = listening.listen(server.ip4, 80)
+        app = hostile.puppet()
+        app.connect(server.ip4, 80)
+        assert listening.accept(listener)[1][0] == hostile.ip4
+
+
+class TestRedirection:
+    def test_after_its_own_end_a_sender_sends_nothing(self, held):
+        held.warm()
+        held.client.shutdown(socket.SHUT_WR)
+        with pytest.raises(BrokenPipeError):
+            held.client.send(b"late")
+        until(lambda: held.server.recv(10) == b"", "the end and nothing else")
+
+    def test_a_connection_that_was_aborted_at_one_end_redirects_no_more(self, node, pods):
+        """The other end may not know of it: the reset was lost, or could not be sent."""
+        one = Held(node, *pods, bound=7200)
+        one.warm()
+        run_ip(pods[0].fd, "link set eth0 down")
+        key, end = one.key, one.ends()[0]
+        with sock_diag.open_diag(pods[0].fd) as diag:
+            assert sock_diag.destroy(diag, key.remote, key.remote_port, key.local, key.local_port, end.cookie)
+        run_ip(pods[0].fd, "link set eth0 up")
+        assert one.client.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR) == errno.ECONNABORTED
+        for _ in range(3):
+            with pytest.raises(BrokenPipeError):
+                one.client.send(b"late")
+        with pytest.raises(BlockingIOError):
+            one.server.recv(10)
+        one.close()
+
+    def test_a_disconnected_socket_gets_no_tls_and_does_not_enter_again(self, node, pods, held):
+        """The kernel leaves it in the sockhash, with what it never read."""
+        held.warm()
+        unspec(held.client)
+        held.client.settimeout(5)
+        server = pods[1]
+        with made_in(server) as listening:
+            listening.bind((server.ip4, 9001))
+            listening.listen(1)
+            held.client.connect((server.ip4, 9001))
+            accepted, _ = listening.accept()
+        for option in ((socket.IPPROTO_TCP, TCP_ULP, b"tls"), (socket.SOL_SOCKET, SO_ZEROCOPY, 1)):
+            with pytest.raises(PermissionError):
+                held.client.setsockopt(*option)
+        with accepted:
+            for sock in (held.client, accepted):
+                sock.setblocking(False)
+            for _ in range(20):
+                for sender, receiver in ((held.client, accepted), (accepted, held.client)):
+                    sender.send(b"x")
+                    read(receiver, 1)
+            flow = next(flow for key, flow in node.maps.flows.items() if key.local_port == 9001)
+            assert not flow.client.sighting & LAYOUT["END_INSERTED"]
+            assert flow.server.sighting & LAYOUT["END_INSERTED"], "whose first connection it is"
+
+    def test_a_strangers_socket_with_the_same_addresses_leaves_the_flow_alone(self, node, pods, held, make_pod):
+        """A pod that was in the mesh keeps a socket in the sockhash, and out of the mesh gives it the addresses of
+        another pod's flow, both of them local to itself."""
+        victim, server = pods
+        hostile = enrol(make_pod())
+        other = Held(node, hostile, server, port=6001)
+        other.warm()
+        unspec(other.client)
+        node.maps.enrolled.delete(hostile.cookie)
+        bpf_links.detach_sk_lookup(node.bpffs_dir, hostile.name)
+        run_ip(hostile.fd, f"addr add {victim.ip4}/32 dev lo", f"addr add {server.ip4}/32 dev lo")
+        held.warm()
+        with made_in(hostile) as listening:
+            listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            listening.bind((server.ip4, held.key.local_port))
+            listening.listen(1)
+            other.client.settimeout(5)
+            other.client.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            other.client.bind((victim.ip4, held.key.remote_port))
+            other.client.connect((server.ip4, held.key.local_port))
+            accepted, _ = listening.accept()
+        before = held.ends()
+        for _ in range(5):
+            other.client.send(b"x" * 10)
+        assert read(accepted, 50) == b"x" * 50
+        accepted.close()
+        assert held.ends() == before
+        with pytest.raises(BlockingIOError):
+            held.server.recv(10)
+        other.close()
