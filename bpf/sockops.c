@@ -373,6 +373,12 @@ static __always_inline void closing(struct bpf_sock_ops *ctx, struct bpf_sock *s
 			close_end(ctx, own, flow, &flow->server, &flow->client, 0);
 			return;
 		}
+		/* The client's end of a flow that an earlier layout let in: nothing is kept under its socket. */
+		flow = flows.lookup(&theirs);
+		if (flow && flow->client.cookie == cookie) {
+			close_end(ctx, &theirs, flow, &flow->client, &flow->server, 1);
+			return;
+		}
 	}
 	/* The application's end of a delivered connection. The cookie tells it from a later one with the same ports. */
 	origin = origins.lookup(own);

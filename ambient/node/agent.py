@@ -32,9 +32,10 @@ from ambient.manifest.acceleration import Acceleration
 from ambient.manifest.kinds import NAMESPACE, POD, Changed
 from ambient.manifest.objects import Namespace, Pod
 from ambient.model.world import Diff, World
+from ambient.node import inherit, servers
 from ambient.node import kernel as kernels
-from ambient.node import servers
 from ambient.node.holder_client import HolderClient
+from ambient.node.inherit import Inheritance
 from ambient.node.kernel import Kernel
 from ambient.node.messages import NETNS
 from ambient.node.operations import operations
@@ -99,6 +100,8 @@ class Agent:
         self._world: World | None = None
         self._connected, self._connection = False, "not connected yet"
         self._problems: dict[str, str] = {}
+        self._draining: list[str] = []
+        """Earlier layouts that are still pinned."""
         for name, problem in (("agent.json", self._records.problem), ("names.json", self._names.problem)):
             if problem:
                 log.error("%s", problem)
@@ -201,7 +204,9 @@ class Agent:
             await self._pods.restore(self._kernel, self._holder, snapshot)
             if old := bpf_links.other_versions(self._settings.bpffs_dir):
                 log.info("removing the programs of earlier versions: %s", ", ".join(old))
-                bpf_drain.drain_others(self._settings.bpffs_dir)
+                self._draining = bpf_drain.drain_others(self._settings.bpffs_dir, taken_over=False)
+                inheritance = Inheritance(self._settings.bpffs_dir, self._kernel.maps)
+                tasks.create_task(self._drain(self._kernel, inheritance))
             self._problems.pop("kernel", None)
             tasks.create_task(self._pods.audit())
             tasks.create_task(subscribe(self._settings, "agent", self._world_changed, on_state=self._state))
@@ -213,10 +218,31 @@ class Agent:
             self._redirect(kernel)
             if time.monotonic() - swept > SWEEP_S:
                 swept = time.monotonic()
-                bpf_drain.drain_others(self._settings.bpffs_dir)
                 if removed := kernel.maps.sweep():
                     log.info("removed %d entries of connections that were never made", removed)
             await asyncio.sleep(BEAT_S)
+
+    async def _drain(self, kernel: Kernel, inheritance: Inheritance) -> None:
+        """Take over what earlier layouts let in, and see them off."""
+        members = self._pods.members
+        began = time.monotonic()
+        if inheritance.problem:
+            self._problems["flows"] = inheritance.problem
+        while self._draining:
+            if not inheritance.done:
+                awaited = any(m.state != "enrolled" for m in members.values() if m.record.in_mesh)
+                places = {
+                    address: (member.cookie, member.handle.fds[NETNS])
+                    for member in members.values()
+                    if member.state == "enrolled" and member.handle is not None
+                    for address in member.record.addresses
+                }
+                settled = not awaited or time.monotonic() - began > inherit.WAIT_S
+                kernel.same_node.look_again(inheritance.step(places, settled))
+            self._draining = bpf_drain.drain_others(self._settings.bpffs_dir, taken_over=inheritance.done)
+            await asyncio.sleep(BEAT_S)
+        self._problems.pop("flows", None)
+        log.info("earlier versions are gone")
 
     def _redirect(self, kernel: Kernel) -> None:
         """Keep redirection where it is wanted, and out of sockets it must not be in."""

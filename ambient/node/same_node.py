@@ -171,6 +171,11 @@ class SameNode:
 
     # --- flows
 
+    def look_again(self, destinations: Iterable[int]) -> int:
+        """Look at the flows to these numbers now, as if their rights had changed; how many were closed."""
+        self._changed.update(destinations)
+        return self.revoke()
+
     def revoke(self) -> int:
         """Close the flows to destinations that changed for which nobody would be let in now; how many."""
         changed, self._changed = self._changed, set()

@@ -10,6 +10,7 @@ import pytest
 from ambient.errors import AmbientError
 from tests.support.mesh import Mesh
 from tests.support.require import require
+from tests.support.upgrade import CopiedMesh
 
 
 @pytest.fixture(scope="session")
@@ -23,15 +24,28 @@ def mesh() -> Iterator[Mesh]:
         found.down()
 
 
+@pytest.fixture(scope="session")
+def neighbour(tmp_path_factory: pytest.TempPathFactory) -> Iterator[CopiedMesh]:
+    """Another lab of one node on the same kernel, with the same addresses, from a copy of the programs."""
+    require("lab", "kubectl")
+    found = CopiedMesh(f"q{os.getpid()}", tmp_path_factory.mktemp("copy"))
+    try:
+        found.up([])
+        yield found
+    finally:
+        found.down()
+
+
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) -> Iterator[None]:
     report = yield
-    if report.failed and call.when == "call" and "mesh" in getattr(item, "fixturenames", ()):
-        found = item.funcargs["mesh"]  # type: ignore[attr-defined]
-        for process in ("control", "node1", "node2"):
+    labs = [name for name in ("mesh", "neighbour") if name in getattr(item, "fixturenames", ())]
+    for name in labs if report.failed and call.when == "call" else ():
+        found = item.funcargs[name]  # type: ignore[attr-defined]
+        for process in ("control", *(node.name for node in found.lab.plans())):
             try:
                 text = "\n".join(found.log(process).splitlines()[-25:])
             except AmbientError as error:
                 text = str(error)
-            report.sections.append((f"log of {process}", text))
+            report.sections.append((f"log of {process} of {name}", text))
     return report

@@ -141,6 +141,13 @@ class Steady:
         """Local ports of the open connections."""
         return set(self._ask("ports", answer='{"ports"')["ports"])
 
+    def pause(self) -> None:
+        """No more messages begin."""
+        self._ask("pause")
+
+    def go(self) -> None:
+        self._ask("go")
+
     def finish(self, limit_s: float = 20.0) -> dict[str, Any]:
         """End all connections properly; the report when all have ended."""
         return self._ask("finish", limit_s)

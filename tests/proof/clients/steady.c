@@ -14,6 +14,7 @@
  *                     got and wrong; "idle": longest time in ms an open connection got nothing
  *   kill PID SIGNAL   signal a process, and report as of that moment
  *   ports             print the local ports of the open connections
+ *   pause, go         (drive) begin no new messages, and again
  *   finish            (drive) end all connections properly, and report when all have ended
  */
 #include "net.h"
@@ -39,7 +40,7 @@ struct connection {
 };
 
 static struct connection connections[CONNECTIONS_MAX];
-static int epoll_, client_, finishing, highest;
+static int epoll_, client_, finishing, pausing, highest;
 static unsigned long opened, lost, ended, wrong, no_memory;
 static unsigned long long sent_all, got_all;
 
@@ -132,7 +133,7 @@ static struct connection *take(int fd)
 /* How long the next message is to be; 0: none now. */
 static uint32_t next_message(struct connection *c, uint64_t now)
 {
-	int stop = client_ ? finishing : c->got_end;
+	int stop = client_ ? finishing || pausing : c->got_end;
 
 	if (client_ && (c->sent < WARM_BYTES || c->head.mode == 'e')) {
 		if (stop || c->sent != c->got || c->due > now)
@@ -298,8 +299,12 @@ static void obey(const char *line)
 		report();
 	} else if (!strcmp(line, "ports")) {
 		ports();
+	} else if (client_ && (!strcmp(line, "pause") || !strcmp(line, "go"))) {
+		pausing = *line == 'p';
+		report();
 	} else if (!strcmp(line, "finish") && client_) {
 		finishing = 1;
+		pausing = 0;
 	} else {
 		fprintf(stderr, "no command: %s\n", line);
 		exit(3);
