@@ -116,13 +116,14 @@ def _ends(written: Mapping[TupleKey, FlowValue]) -> dict[TupleKey, tuple[int, in
 
 
 def _sockets(spaces: Mapping[int, int]) -> dict[int, dict[Tuple, int]]:
-    """By the cookie of the namespace: the connected sockets' cookies."""
+    """By the cookie of the namespace: the connected sockets' cookies. What only stands for a socket that is closed
+    already (in FIN_WAIT2) has no memory to tell of."""
     found: dict[int, dict[Tuple, int]] = {}
     for cookie, fd in spaces.items():
         found[cookie] = {}
         try:
             with sock_diag.open_diag(fd) as diag:
-                for s in sock_diag.dump(diag):
+                for s in (s for s in sock_diag.dump(diag) if s.held >= 0):
                     found[cookie][s.local, s.local_port, s.remote, s.remote_port] = s.cookie
         except (OSError, AmbientError) as error:
             log.error("flows of a pod cannot be taken over: %s", error)
