@@ -320,8 +320,7 @@ class Mesh:
         loopback = "::1" if ipv6 else "127.0.0.1"
         suffix = "6" if ipv6 else "4"
         self.entrance = (loopback, 15001)
-        self.entry = a.listen(loopback, 15001)
-        assert not self.client.put(self.pod_a, a, {f"outbound{suffix}": self.entry}).error
+        assert not self.client.put(self.pod_a, a, {f"outbound{suffix}": a.listen(loopback, 15001)}).error
         self.hbone = b.listen("::" if ipv6 else "0.0.0.0", 15008)
         assert not self.server.put(self.pod_b, b, {f"hbone{suffix}": self.hbone}).error
 

@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import json
 import random
+import re
 import selectors
 import socket
 import struct
 import threading
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
 from tests.support.require import require
-from tests.ztunnel.harness import Mesh, WorkerProcess, mesh, pod, wait_until
+from tests.ztunnel.harness import Mesh, Space, WorkerProcess, mesh, pod, two_spaces, wait_until
 from ztunnel.core import messages as m
 from ztunnel.io.inbound import PORTS_TRIED_MAX
 
@@ -45,13 +48,36 @@ def connected(path: Mesh, listener: socket.socket) -> tuple[socket.socket, socke
     return near, far
 
 
-def test_only_connections_of_one_kernel_are_never_paced(path: Mesh, listener: socket.socket):
-    near, far = connected(path, listener)
-    given = near.getsockopt(socket.IPPROTO_TCP, socket.TCP_CONGESTION, 16)
-    algorithms = [sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_CONGESTION, 16) for sock in (path.entry, path.hbone)]
-    assert algorithms == [b"reno".ljust(16, b"\0"), given]
-    near.close()
-    far.close()
+@pytest.mark.parametrize(("near_us", "tunnel"), [(10_000_000, "reno"), (0, "bbr")], ids=["near", "far"])
+def test_what_stays_in_one_kernel_or_goes_to_a_near_peer_is_not_paced(
+    near_us: int, tunnel: str, monkeypatch: pytest.MonkeyPatch
+):
+    require("net")
+    if "bbr" not in Path("/proc/sys/net/ipv4/tcp_available_congestion_control").read_text().split():
+        pytest.skip("this kernel has no congestion control that paces")
+    monkeypatch.setenv("WORKER_CONSTANTS", json.dumps({"ztunnel.io.sockets.NEAR_US": near_us}))
+    with two_spaces() as (a, b):
+        for space in (a, b):
+            space.run("sysctl", "-qw", "net.ipv4.tcp_congestion_control=bbr", check=True)
+        it = Mesh(a, b)
+        try:
+            near, far = connected(it, b.listen(it.ip, it.port))
+            assert algorithms(a, "sport = 15001") == {"reno"}
+            assert algorithms(b, f"dport = {it.port}") == {"reno"}
+            assert algorithms(b, f"sport = {it.port}") == {"bbr"}  # the application's end is its own affair
+            assert algorithms(a, "dport = 15008") == algorithms(b, "sport = 15008") == {tunnel}
+            near.close()
+            far.close()
+        finally:
+            it.close()
+
+
+def algorithms(space: Space, which: str) -> set[str]:
+    """Congestion control of the connections in a namespace that match."""
+    text = space.run("ss", "-tiHO", "state", "established", which, capture_output=True, check=True).stdout
+    found = [re.search(r"\b(reno|bbr|cubic)\b", line) for line in text.splitlines()]
+    assert found and all(found), text
+    return {match[1] for match in found if match is not None}
 
 
 def test_each_side_may_end_first_and_the_other_goes_on(path: Mesh, listener: socket.socket):
