@@ -4,7 +4,8 @@ The order of every change is the argument. A destination whose rights may have c
 one write of its `workloads` entry: from then on every verdict and every authorization on its way is void, and what the
 connect hook meets is ztunnel. Then verdicts of the new generation are written. Then the flows that stand are
 evaluated, and those without a right are closed. A flow that was let in by an old verdict had its entry in `flows`
-before its first packet, so it is seen there.
+before its first packet, so it is seen there; unless a client that makes its own packets closed the socket it had it
+for, or an older layout let it in. So the sockets of the destination are looked at too (`strays`).
 """
 
 from __future__ import annotations
@@ -26,10 +27,9 @@ from ambient.errors import AmbientError
 from ambient.io import sock_diag
 from ambient.io.bpf_maps import Maps
 from ambient.io.flow_reader import is_over
-from ambient.model.address import parse_ip
 from ambient.model.identity import Identity
-from ambient.model.policy import Connection, Denied, evaluate
 from ambient.model.world import World
+from ambient.node import strays
 from ambient.node.records import Names
 
 NUMBERS_MAX: Final = 10_000
@@ -56,6 +56,8 @@ class SameNode:
         """By destination: the verdicts of a generation and a set of identities."""
         self._changed: set[int] = set()
         """Numbers of destinations whose generation moved and whose flows were not looked at since."""
+        self._judged: dict[int, Rights] = {}
+        """By the number of a destination: the rights by which it was last looked at."""
         self.netns_of: Callable[[int], int | None] = lambda cookie: None
         self.counters: dict[str, int] = {"flows_revoked": 0, "flows_not_closed": 0, "verdicts_refused": 0}
         self.problem = ""
@@ -195,8 +197,9 @@ class SameNode:
                 reason,
             )
         self._close((key, flow) for key, flow, _ in lost)
-        self.counters["flows_revoked"] += len(lost)
-        return len(lost)
+        closed = len(lost) + self._close_strays(changed)
+        self.counters["flows_revoked"] += closed
+        return closed
 
     def unrightful(self, destinations: Container[int] | None = None) -> list[tuple[TupleKey, FlowValue, str]]:
         """Flows (to these destinations, or all) for which nobody would be let in now, and why not."""
@@ -210,19 +213,57 @@ class SameNode:
 
     def _lost(self, key: TupleKey, flow: FlowValue, rights: Rights | None) -> str:
         """Why the flow has no right any more; empty if it has. A pod that left the mesh keeps what stands."""
-        if rights is None or not rights.flags & ENROLLED or rights.policies is None:
-            return ""
-        if rights.flags & WAYPOINT:
-            return "its destination has a waypoint now"
         try:
             source = Identity.parse(self._names.identities.names().get(flow.identity, ""))
         except ValueError:
             source = None
-        connection = Connection(source, parse_ip(key.remote), parse_ip(key.local), key.local_port)
-        decided = evaluate(connection, rights.policies)
-        if isinstance(decided, Denied):
-            return f"policy {decided.policy}" if decided.policy else "no policy allows it"
-        return ""
+        return strays.why_lost(rights, source, key)
+
+    def _close_strays(self, changed: Container[int]) -> int:
+        """Close what is in no flow and had a right that is gone; how many. After the flows that lost theirs."""
+        before, now = self._judged, {self._names.workloads.of(p.workload_uid): r for p, r in self._granted.items()}
+        self._judged = {n: before.get(n, r) if r.policies is None else r for n, r in now.items() if r.flags & ENROLLED}
+        narrowed = {n: (before[n], r) for n, r in self._judged.items() if n in changed and before.get(n, r) != r}
+        settings = self._maps.settings if narrowed else None
+        if settings is None or settings.mode == LAYOUT["MODE_BYPASS"]:
+            return 0
+        closed = 0
+        with _Diags(self.netns_of) as diags:
+            for cookie, value in self._maps.enrolled.items():
+                if value.workload not in narrowed:
+                    continue
+                own, others = self._addresses(value.workload)
+                try:
+                    found = list(
+                        strays.find(diags.of(cookie), own, others, *narrowed[value.workload], settings.exempt_cgroups)
+                    )
+                except (OSError, AmbientError) as error:
+                    log.error("sockets of a pod cannot be listed: %s", error)
+                    continue
+                for stray in found:
+                    flow = self._maps.flows.get(stray.key)
+                    if flow is not None and flow.server.cookie == stray.cookie:
+                        continue  # judged by the identity it was let in with
+                    own_end, peer = (stray.key.local, stray.key.local_port), (stray.key.remote, stray.key.remote_port)
+                    log.warning(
+                        "connection from %s to %s, in no flow, closed: %s",
+                        socket_text(*peer),
+                        socket_text(*own_end),
+                        stray.reason,
+                    )
+                    closed += diags.destroy(cookie, own_end, peer, stray.cookie)
+        return closed
+
+    def _addresses(self, workload: int) -> tuple[set[str], dict[str, Identity | None]]:
+        """Those of a destination, and those of the other pods in the mesh with who they are."""
+        own: set[str] = set()
+        others: dict[str, Identity | None] = {}
+        for pod, rights in self._granted.items():
+            if self._names.workloads.of(pod.workload_uid) == workload:
+                own.update(pod.addresses)
+            elif rights.flags & ENROLLED:
+                others.update(dict.fromkeys(pod.addresses, pod.identity))
+        return own, others
 
     def remove(self, addresses: Iterable[str]) -> None:
         """The addresses end: close their flows. What does not close is told to telemetry as it stands."""
@@ -283,7 +324,8 @@ class _Diags:
             if sock is not None:
                 sock.close()
 
-    def destroy(self, cookie: int, own: tuple[str, int], peer: tuple[str, int], sock_cookie: int) -> bool:
+    def of(self, cookie: int) -> socket.socket | None:
+        """The socket of a namespace; None if that is not held."""
         if cookie not in self._open:
             fd = self._netns_of(cookie)
             try:
@@ -291,7 +333,10 @@ class _Diags:
             except OSError as error:
                 log.error("sockets of a pod cannot be closed: %s", error)
                 self._open[cookie] = None
-        sock = self._open[cookie]
+        return self._open[cookie]
+
+    def destroy(self, cookie: int, own: tuple[str, int], peer: tuple[str, int], sock_cookie: int) -> bool:
+        sock = self.of(cookie)
         if sock is None or not sock_cookie:
             return False
         try:

@@ -15,8 +15,17 @@ import struct
 
 import pytest
 
+from ambient.datapath.entries import LocalPod, rights
 from ambient.datapath.layout import LAYOUT
+from ambient.datapath.numbers import Numbers
 from ambient.io import bpf_links, netns, sock_diag
+from ambient.model.address import parse_ip
+from ambient.model.identity import Identity
+from ambient.model.policy import Action, Group, Match, Policy, Rule, Scope
+from ambient.model.workload import TunnelProtocol, Workload
+from ambient.model.world import World
+from ambient.node.records import Names
+from ambient.node.same_node import SameNode
 from tests.support.netlab import run_ip, until
 from tests.support.redirect import CAN, Held, enrol, read
 
@@ -207,3 +216,78 @@ class TestRedirection:
         with pytest.raises(BlockingIOError):
             held.server.recv(10)
         other.close()
+
+
+def uid(pod) -> str:
+    return f"c//Pod/shop/{pod.name}"
+
+
+def local(pods) -> list[LocalPod]:
+    return [
+        LocalPod(uid(p), (p.ip4,), p.number, True, identity=Identity("cluster.local", "shop", p.name)) for p in pods
+    ]
+
+
+def deny(pod, port: int) -> Policy:
+    """To that pod's port, for everybody."""
+    group = Group((Rule((Match(destination_ports=(port,)),)),))
+    return Policy(f"{pod.name}-{port}", "shop", Scope.WORKLOAD_SELECTOR, Action.DENY, (group,))
+
+
+def world(pods, *policies: Policy) -> World:
+    return World.of(
+        (
+            Workload(
+                uid(p),
+                p.name,
+                "shop",
+                (parse_ip(p.ip4),),
+                service_account=p.name,
+                protocol=TunnelProtocol.HBONE,
+                policies=tuple(x.key for x in policies if x.name.rpartition("-")[0] == p.name),
+            )
+            for p in pods
+        ),
+        policies=policies,
+    )
+
+
+class TestRevocation:
+    """What the agent closes when a right is gone, by its own code on the real maps."""
+
+    @pytest.fixture
+    def agent(self, node, pods, tmp_path):
+        names = Names(tmp_path / "names.json")
+        names.workloads = Numbers({uid(pod): pod.workload for pod in pods})
+        agent = SameNode("n1", names, node.maps)
+        agent.netns_of = {pod.cookie: pod.fd for pod in pods}.get
+        return agent
+
+    def test_a_connection_in_no_flow_is_closed_with_its_right(self, node, pods, held, agent):
+        """As one that was let in by an older layout, or whose client went on without its socket."""
+        server = pods[1]
+        server.puppet().listen(server.ip4, 6000)
+        agent.grant(rights(world(pods), local(pods)))
+        agent.revoke()
+        node.maps.flows.delete(held.key)
+        agent.grant(rights(world(pods, deny(server, 81)), local(pods)))
+        assert agent.revoke() == 0, "another port's"
+        held.client.send(b"x")
+        assert read(held.server, 1) == b"x"
+        agent.grant(rights(world(pods, deny(server, 6000)), local(pods)))
+        assert agent.revoke() == 1
+        with pytest.raises(ConnectionAbortedError):
+            held.server.send(b"x")
+
+    def test_what_never_had_a_right_or_is_in_a_flow_is_not_a_stray(self, node, pods, held, agent):
+        server = pods[1]
+        server.puppet().listen(server.ip4, 6000)
+        agent.grant(rights(world(pods, deny(server, 6000)), local(pods)))
+        flow = node.maps.flows[held.key]
+        node.maps.flows.delete(held.key)
+        agent.revoke()
+        agent.grant(rights(world(pods, deny(server, 6000), deny(server, 81)), local(pods)))
+        assert agent.revoke() == 0
+        held.client.send(b"x")
+        assert read(held.server, 1) == b"x"
+        node.maps.flows[held.key] = flow
