@@ -70,19 +70,18 @@ def _inside() -> Found:
     if charged < _CHARGE:
         said = f"redirection is off: of {_CHARGE} redirected bytes the kernel charges {charged} to the receiver"
         return Found(LAYOUT["NO_CHARGE"], (f"{said} (6.13, 6.1.123 and newer charge all)",))
-    bits, said_all = LAYOUT["CAN_REDIRECT"], []
+    bits, differs = LAYOUT["CAN_REDIRECT"], []
     spliced, counted = _spliced(), _counted()
     if spliced != b"onetwo":
         got = spliced.decode("ascii") or "nothing"
-        said_all.append(f"acceleration auto means direct: splice() of redirected bytes gives {got} instead of onetwo")
+        differs.append(f"splice() of redirected bytes gives {got} instead of onetwo")
     if counted != (3, 3):
-        said = f"FIONREAD counts {counted[0]} of 3 redirected and {counted[1]} of 3 native bytes"
-        said_all.append(f"acceleration auto means direct: {said}")
-    if not said_all:
+        differs.append(f"FIONREAD counts {counted[0]} of 3 redirected and {counted[1]} of 3 native bytes")
+    if not differs:
         bits |= LAYOUT["AUTO_REDIRECT"]
     if _allows_ulp():
         bits |= LAYOUT["ULP_ALLOWED"]
-    return Found(bits, tuple(said_all))
+    return Found(bits, (f"acceleration auto means direct: {', '.join(differs)}",) if differs else ())
 
 
 def loopback_up() -> None:

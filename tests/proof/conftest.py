@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import pytest
 
 from ambient.errors import AmbientError
+from tests.support.flows import Witness
 from tests.support.mesh import Mesh
 from tests.support.require import require
 from tests.support.upgrade import CopiedMesh
@@ -34,6 +35,18 @@ def neighbour(tmp_path_factory: pytest.TempPathFactory) -> Iterator[CopiedMesh]:
         yield found
     finally:
         found.down()
+
+
+@pytest.fixture
+def tell(record_property: Callable[[str, object], None]) -> Callable[[str, Witness], None]:
+    """Say how bytes went, on the test's output and in its report."""
+
+    def telling(what: str, seen: Witness) -> None:
+        print(f"{what}, {seen}")
+        for direction in ("to_server", "to_client"):
+            record_property(f"{what} {seen.acceleration} {direction}", str(getattr(seen, direction)))
+
+    return telling
 
 
 @pytest.hookimpl(wrapper=True)

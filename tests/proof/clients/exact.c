@@ -3,6 +3,8 @@
  *   exact serve PORT                          the far end; when standard input ends it waits for its connections and prints totals
  *   exact drive ADDRESS PORT COUNT BYTES SEED COUNT connections, all open before any is used; most carry at
  *                                             most BYTES each way, one in a hundred over six times as many
+ *   exact drive ADDRESS PORT COUNT BYTES SEED EVERY END...
+ *                                             one in EVERY over six times as many, and only these ends
  *
  * The client says in 32 bytes what a connection is to be: its key, both lengths, and how it ends. The server answers
  * one byte, and the client waits until all have theirs. What is sent then is a stream of random numbers from the key,
@@ -40,7 +42,7 @@ struct connection {
 };
 
 static struct connection connections[CONNECTIONS_MAX];
-static int epoll_, client_, open_, waiting, most_, go, finished;
+static int epoll_, client_, open_, waiting, most_, go, finished, every = 100, wanted[16], wanted_count;
 static unsigned long done[ENDS], wrong, early, broken;
 static unsigned long long bytes_sent, bytes_got;
 
@@ -331,11 +333,13 @@ static void begin(const struct sockaddr_storage *target, socklen_t length, uint6
 	/* sizes of every magnitude, also none at all */
 	c->order.up = chance(c, 20) ? chance(c, 1 + (most >> chance(c, 16))) : 0;
 	c->order.down = chance(c, 20) ? chance(c, 1 + (most >> chance(c, 16))) : 0;
-	if (number % 100 == 50) { /* more than any buffer on the way takes */
+	if (number % every == every / 2) { /* more than any buffer on the way takes */
 		c->order.up += 6 * most;
 		c->order.down += 6 * most;
 	}
 	c->order.end = number % 10 < 7 ? number % 3 : 3 + (number % 10 - 7);
+	if (wanted_count)
+		c->order.end = wanted[number % wanted_count];
 	ordered(c);
 }
 
@@ -384,6 +388,17 @@ static void serve_one(struct connection *c, int events, uint64_t now)
 	if (events & EPOLLOUT && may_send(c) && c->pause_until <= now && !sender(c, now))
 		return;
 	rewatch(c, now);
+}
+
+static void want(const char *name)
+{
+	for (int i = 0; i < ENDS; i++)
+		if (!strcmp(name, end_names[i]) && wanted_count < 16) {
+			wanted[wanted_count++] = i;
+			return;
+		}
+	fprintf(stderr, "%s is no end\n", name);
+	exit(2);
 }
 
 static int run(int listener, int count)
@@ -444,13 +459,17 @@ int main(int count, char **words)
 	epoll_ = epoll_create1(EPOLL_CLOEXEC);
 	if (count == 3 && !strcmp(words[1], "serve"))
 		return run(listen_on(atoi(words[2])), 0);
-	if (count == 7 && !strcmp(words[1], "drive")) {
+	if ((count == 7 || (count > 8 && atoi(words[7]) > 0)) && !strcmp(words[1], "drive")) {
 		client_ = 1;
+		if (count > 8)
+			every = atoi(words[7]);
+		for (int i = 8; i < count; i++)
+			want(words[i]);
 		length = parse_address(words[2], atoi(words[3]), &target);
 		for (int i = 0; i < atoi(words[4]); i++)
 			begin(&target, length, strtoull(words[6], NULL, 0), i, strtoul(words[5], NULL, 0));
 		return run(-1, atoi(words[4]));
 	}
-	fprintf(stderr, "usage: exact serve PORT | exact drive ADDRESS PORT COUNT BYTES SEED\n");
+	fprintf(stderr, "usage: exact serve PORT | exact drive ADDRESS PORT COUNT BYTES SEED [EVERY END...]\n");
 	return 2;
 }
