@@ -89,7 +89,7 @@ def agreed_acceleration(enrolled_flags: int, workload_flags: int, capabilities: 
     off, direct, redirect = (LAYOUT[f"ACCELERATION_{word}"] for word in ("OFF", "DIRECT", "REDIRECT"))
     ours = {word: enrolled_flags & LAYOUT[f"ENROLLED_{word}"] for word in ("OFF", "DIRECT", "REDIRECT")}
     theirs = {word: workload_flags & LAYOUT[f"WORKLOAD_{word}"] for word in ("OFF", "DIRECT", "REDIRECT")}
-    if ours["OFF"] or theirs["OFF"] or capabilities & LAYOUT["NO_DESTROY"]:
+    if ours["OFF"] or theirs["OFF"] or capabilities & (LAYOUT["NO_DESTROY"] | LAYOUT["CROWDED"]):
         return off
     if not (ours["DIRECT"] or ours["REDIRECT"]) or not (theirs["DIRECT"] or theirs["REDIRECT"]):
         return off

@@ -183,6 +183,8 @@ def _same_node(steps: _Steps, facts: Facts) -> dict[str, list[str]]:
             why += f"; policy {kernel.policies.get(candidate.verdict.policy, candidate.verdict.policy)}"
         if reason == "acceleration_off" and kernel.settings.acceleration & LAYOUT["NO_DESTROY"]:
             why = "this kernel cannot close connections (SOCK_DESTROY): ztunnel decides, which can"
+        if reason == "acceleration_off" and kernel.settings.acceleration & LAYOUT["CROWDED"]:
+            why = "map flows is nearly full: ztunnel takes what is new"
         if reason == "captured":
             why = _not_here(candidate, kernel)
         steps.add("same node", f"{facts.source.node} kernel", f"{end}: {reason}, {path}", why)

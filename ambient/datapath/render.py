@@ -287,7 +287,7 @@ def settings(value: v.SettingsValue | None, now_ns: int) -> list[Row]:
 def capability_names(bits: int) -> tuple[str, ...]:
     """What the self-tests found: of settings.acceleration."""
     able = ("CAN_REDIRECT", "AUTO_REDIRECT", "DRAINING", "ULP_ALLOWED")
-    names = (*able, "NO_OFFSETS", "NO_CHARGE", "NO_PROGRAMS", "NO_DESTROY")
+    names = (*able, "NO_OFFSETS", "NO_CHARGE", "NO_PROGRAMS", "NO_DESTROY", "CROWDED")
     return tuple(name.lower() for name in names if bits & LAYOUT[name])
 
 

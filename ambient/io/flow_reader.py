@@ -56,6 +56,8 @@ class FlowReader:
     def __init__(self, maps: Maps) -> None:
         self._maps = maps
         self._ring: RingReader | None = None
+        self._half: set[tuple[bytes, int]] = set()
+        """Keys and client cookies of flows whose client was closed at the last sweep and whose server was not."""
 
     def fileno(self) -> int:
         """Readable when a flow closed."""
@@ -84,16 +86,25 @@ class FlowReader:
         self._reader().consume(position)
 
     def sweep(self) -> Iterator[FlowEvent]:
-        """Flows that ended and found no room in the ring buffer."""
+        """Flows that ended and found no room in the ring buffer, and those whose client had ended at the last sweep:
+        nothing moves in them any more, and a server that never closes its ends would fill the map."""
         for raw in self.sweep_raw():
             yield FlowEvent.decode(raw)
 
     def sweep_raw(self) -> Iterator[bytes]:
         """The same as undecoded flow_events."""
         table = self._maps.tables["flows"]
+        half: set[tuple[bytes, int]] = set()
         for raw, value in table.items():
-            if is_over(FlowValue.decode(value)) and (taken := table.take(raw)) is not None:
+            flow = FlowValue.decode(value)
+            mark = (raw, flow.client.cookie)
+            if not is_over(flow) and mark not in self._half:
+                if flow.client.flags & CLOSED:
+                    half.add(mark)
+                continue
+            if (taken := table.take(raw)) is not None:
                 yield raw + taken + time.monotonic_ns().to_bytes(8, "little")
+        self._half = half
 
     def live(self, netns_of: NetnsOf, wanted: Iterable[tuple[TupleKey, FlowValue]] | None = None) -> list[LiveFlow]:
         """Flows that are not over, with both directions' bytes, asked of the client's socket. Raises BpfFault."""

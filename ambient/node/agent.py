@@ -47,6 +47,7 @@ from ambient.settings import NodeSettings, read_settings
 BEAT_S: Final = 1.0
 SWEEP_S: Final = 60.0
 RETRY_S: Final = (1.0, 30.0)
+CROWDED: Final = "map flows is nearly full: ztunnel takes new connections within the node until there is room again"
 CANNOT_CLOSE: Final = (
     "this kernel cannot close established connections (SOCK_DESTROY: CONFIG_INET_DIAG_DESTROY, module tcp_diag): "
     "traffic within the node goes through ztunnel"
@@ -304,6 +305,8 @@ class Agent:
             problems += [f"pod {uid}: redirection: {text}" for uid, text in kernel.redirection.problems.items()]
             if kernel.cannot_close:
                 problems.append(CANNOT_CLOSE)
+            if kernel.crowded:
+                problems.append(CROWDED)
             if kernel.same_node.problem:
                 problems.append(kernel.same_node.problem)
             if kernel.problem:

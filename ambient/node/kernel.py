@@ -32,6 +32,7 @@ from ambient.io.bpf_maps import Maps, TypedMap
 from ambient.manifest.acceleration import Acceleration
 from ambient.model.identity import Identity
 from ambient.model.world import World
+from ambient.node.crowd import Crowd
 from ambient.node.records import Names
 from ambient.node.redirection import Redirection
 from ambient.node.same_node import SameNode
@@ -114,7 +115,7 @@ def _settings_value(settings: NodeSettings, before: SettingsValue) -> SettingsVa
         cluster_ranges=tuple(network_range(text) for text in settings.cluster_ranges),
         mode=before.mode,
         heartbeat_timeout_s=settings.heartbeat_timeout_s,
-        acceleration=before.acceleration & ~LAYOUT["DRAINING"],
+        acceleration=before.acceleration & ~(LAYOUT["DRAINING"] | LAYOUT["CROWDED"]),
         high_bytes=before.high_bytes,
     )
 
@@ -154,14 +155,19 @@ class Kernel:
         self._settings = _settings_value(settings, before or SettingsValue())
         maps.settings = self._settings
         self.redirection = Redirection(settings.bpffs_dir, maps)
+        self._crowd = Crowd(maps)
 
     def close(self) -> None:
         self.maps.close()
 
     def beat(self) -> None:
         """A sign of life, and whatever changed of the settings."""
+        found = self._settings.acceleration & ~LAYOUT["CROWDED"]
         self._settings = dataclasses.replace(
-            self._settings, heartbeat_ns=time.monotonic_ns(), complete=int(self.complete)
+            self._settings,
+            heartbeat_ns=time.monotonic_ns(),
+            complete=int(self.complete),
+            acceleration=found | (LAYOUT["CROWDED"] if self._crowd.look(time.monotonic()) else 0),
         )
         self.maps.settings = self._settings
 
@@ -188,6 +194,11 @@ class Kernel:
     def cannot_close(self) -> bool:
         """Whether this kernel cannot end a connection, so that it authorizes none within the node."""
         return bool(self._settings.acceleration & LAYOUT["NO_DESTROY"])
+
+    @property
+    def crowded(self) -> bool:
+        """Whether `flows` is nearly full, so that ztunnel takes what is new."""
+        return bool(self._settings.acceleration & LAYOUT["CROWDED"])
 
     @property
     def capabilities(self) -> tuple[str, ...]:

@@ -195,8 +195,9 @@ static __always_inline __u16 agreed_acceleration(__u32 enrolled_flags, __u32 wor
 {
 	if ((enrolled_flags & ENROLLED_OFF) || (workload_flags & WORKLOAD_OFF))
 		return ACCELERATION_OFF;
-	if (capabilities & NO_DESTROY)
-		return ACCELERATION_OFF; /* a right that is taken away must end what it let in */
+	/* A right that is taken away must end what it let in; and who finds no room in `flows` is let in nowhere. */
+	if (capabilities & (NO_DESTROY | CROWDED))
+		return ACCELERATION_OFF;
 	if (!(enrolled_flags & (ENROLLED_DIRECT | ENROLLED_REDIRECT)) ||
 	    !(workload_flags & (WORKLOAD_DIRECT | WORKLOAD_REDIRECT)))
 		return ACCELERATION_OFF;

@@ -288,9 +288,10 @@ class TestWithinTheNode:
         assert decide.call_agreed_acceleration(*flags, able) == (wanted if able else min(wanted, 1))
 
     @pytest.mark.parametrize("end", ["DIRECT", "REDIRECT"])
-    def test_a_kernel_that_cannot_close_connections_lets_none_in(self, decide, end):
+    @pytest.mark.parametrize("why", ["NO_DESTROY", "CROWDED"])
+    def test_a_kernel_that_cannot_close_connections_or_has_no_room_lets_none_in(self, decide, end, why):
         flags = LAYOUT[f"ENROLLED_{end}"], LAYOUT[f"WORKLOAD_{end}"]
-        assert decide.call_agreed_acceleration(*flags, LAYOUT["CAN_REDIRECT"] | LAYOUT["NO_DESTROY"]) == 0
+        assert decide.call_agreed_acceleration(*flags, LAYOUT["CAN_REDIRECT"] | LAYOUT[why]) == 0
 
     def test_an_end_that_says_nothing_is_off(self, decide):
         assert decide.call_agreed_acceleration(0, LAYOUT["WORKLOAD_DIRECT"], 3) == 0

@@ -12,18 +12,22 @@ import ctypes
 import errno
 import socket
 import struct
+from dataclasses import replace
 
 import pytest
 
 from ambient.datapath.entries import LocalPod, rights
 from ambient.datapath.layout import LAYOUT
 from ambient.datapath.numbers import Numbers
+from ambient.datapath.values import FlowValue, TupleKey
 from ambient.io import bpf_links, netns, sock_diag
+from ambient.io.flow_reader import FlowReader, bytes_received, bytes_sent
 from ambient.model.address import parse_ip
 from ambient.model.identity import Identity
 from ambient.model.policy import Action, Group, Match, Policy, Rule, Scope
 from ambient.model.workload import TunnelProtocol, Workload
 from ambient.model.world import World
+from ambient.node.crowd import FROM, Crowd
 from ambient.node.records import Names
 from ambient.node.same_node import SameNode
 from tests.support.netlab import run_ip, until
@@ -33,6 +37,7 @@ pytestmark = [pytest.mark.net, pytest.mark.bpf]
 
 SO_BINDTODEVICE = 25
 SO_ZEROCOPY = 60
+TCP_REPAIR = 19
 TCP_ULP = 31
 _libc = ctypes.CDLL(None, use_errno=True)
 
@@ -250,6 +255,61 @@ def world(pods, *policies: Policy) -> World:
         ),
         policies=policies,
     )
+
+
+class TestRoom:
+    """`flows` is everybody's: what one leaves in it must not keep others from theirs."""
+
+    def test_a_flow_whose_client_is_gone_is_taken_though_its_server_never_closes(self, node, pods):
+        one = Held(node, *pods)
+        one.client.send(b"abc")
+        assert read(one.server, 3) == b"abc"
+        one.client.setsockopt(socket.IPPROTO_TCP, TCP_REPAIR, 1)
+        one.client.close()  # in repair, TCP says nothing
+        reader = FlowReader(node.maps)
+        list(reader.closed())
+        assert node.maps.flows[one.key].client.flags & LAYOUT["END_CLOSED"]
+        assert not list(reader.sweep()), "the server may be about to close"
+        (event,) = reader.sweep()
+        assert (event.key, bytes_sent(event.value), bytes_received(event.value)) == (one.key, 3, 0)
+        assert not node.maps.flows.items()
+        one.server.close()
+        assert not list(reader.closed()), "told of once"
+        reader.close()
+
+    def test_a_flow_whose_server_is_gone_stays_with_its_client(self, node, pods):
+        one = Held(node, *pods)
+        one.server.setsockopt(socket.IPPROTO_TCP, TCP_REPAIR, 1)
+        one.server.close()
+        reader = FlowReader(node.maps)
+        for _ in range(3):
+            assert not list(reader.sweep())
+        assert one.key in node.maps.flows
+        one.client.close()
+        reader.close()
+
+    def test_a_nearly_full_map_sends_what_is_new_to_ztunnel(self, node, pods):
+        client, server = pods
+        crowd = Crowd(node.maps)
+        assert not crowd.look(0.0)
+        size = FlowValue.size()
+        template = FlowValue.decode(bytes(size))
+        ends = (replace(template.client, cookie=1, flags=LAYOUT["END_CLOSED"]), replace(template.server, cookie=2))
+        template = replace(template, client=ends[0], server=ends[1])
+        for number in range(FROM):
+            node.maps.flows[TupleKey("192.0.2.1", "192.0.2.2", 80 + number // 60_000, number % 60_000)] = template
+        crowd = Crowd(node.maps)
+        assert crowd.look(1.0)
+        node.reset(acceleration=CAN | LAYOUT["CROWDED"])
+        client.puppet().connect(server.ip4, 80)
+        assert client.ztunnel_accept()[0]
+        reader = FlowReader(node.maps)
+        assert not list(reader.sweep())
+        assert len(list(reader.sweep())) == FROM
+        assert crowd.look(2.0), "not counted at every look"
+        assert not crowd.look(9.0)
+        node.reset(acceleration=CAN)
+        reader.close()
 
 
 class TestRevocation:

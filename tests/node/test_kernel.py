@@ -46,6 +46,8 @@ def kernel(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Kernel:
         verdicts=Table(),
         flows=Table(),
         settings=SettingsValue(mode=1),
+        counters=lambda: {"kernel": 0},
+        tables={"flows": Table()},
     )
     return Kernel(NodeSettings(node_name="n1"), Names(tmp_path / "names.json"), maps)
 
