@@ -232,8 +232,8 @@ def test_envoy_as_client_reaches_a_pod_through_the_worker(path: Mesh, tmp_path: 
         for _ in range(3):
             exchange(path.a.connect("127.0.0.1", 9000), listener)
         events = path.server.control.events
-        opened = wait_until(lambda: [e for e in events if e.event == "opened"], "an event")
-        assert {event.source_identity for event in opened} == {spiffe("envoy")}
+        closed = wait_until(lambda: [e for e in events if e.event == "closed"], "an event")
+        assert {event.source_identity for event in closed} == {spiffe("envoy")}
         assert not [name for name in path.server.control.counters if name.startswith("http2_")]
     finally:
         envoy.close()

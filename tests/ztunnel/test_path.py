@@ -36,10 +36,13 @@ def test_bytes_and_both_ends_arrive_and_are_accounted(path: Mesh):
     near.close()
     for worker, reporter in ((path.client, "source"), (path.server, "destination")):
         events = wait_until(
-            lambda worker=worker: len(worker.control.events) >= 2 and worker.control.events, f"events of the {reporter}"
+            lambda worker=worker: (
+                worker.control.events and worker.control.events[-1].event == "closed" and worker.control.events
+            ),
+            f"events of the {reporter}",
         )
-        assert [event.event for event in events] == ["opened", "closed"]
+        assert [event.event for event in events] in (["closed"], ["opened", "closed"], ["opened", "progress", "closed"])
         assert {event.reporter for event in events} == {reporter}
         assert (sum(event.sent for event in events), sum(event.received for event in events)) == (5, 22)
-        assert events[1].error == "" and events[1].source_identity.endswith("/sa/a")
-        assert events[1].destination_identity.endswith("/sa/b")
+        assert events[-1].error == "" and events[-1].source_identity.endswith("/sa/a")
+        assert events[-1].destination_identity.endswith("/sa/b")

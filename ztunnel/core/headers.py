@@ -21,6 +21,12 @@ STATUS_200: Final = b"\x88"
 
 FORWARDED_START: Final = b"\x00\x09forwarded"
 """How the first field that differs between two requests to one destination begins."""
+_OWN_REST: Final = re.compile(
+    rb"\x00\x09forwarded(.)(for=\"(?:[0-9.]{7,15}|\[[0-9a-fA-F:.]{2,45}\]):[0-9]{1,5}\")"
+    rb"\x00\x0btraceparent\x37([0-9a-f-]{55})\Z",
+    re.DOTALL,
+).match
+"""What our own peers send after that. Neither value has a character a field must not have."""
 _PREFIXES_MAX: Final = 64
 _PREFIX_BYTES_MAX: Final = 2048
 """Longer ones are decoded each time: what is kept of a peer's bytes must stay small."""
@@ -186,6 +192,10 @@ class Decoder:
             if len(self._prefixes) >= _PREFIXES_MAX:
                 self._prefixes.clear()
             fields = self._prefixes[prefix] = tuple(decoded)
+        own = _OWN_REST(block, cut)
+        if own is not None and len(own[2]) == own[1][0] < 0x7F:
+            self._known = len(fields) + 2
+            return [*fields, (b"forwarded", own[2]), (b"traceparent", own[3])]
         rest = decode_plain(block[cut:])
         if rest is None:
             return None
@@ -194,7 +204,10 @@ class Decoder:
 
     def check_request(self, fields: list[Header]) -> str:
         """`check_request` of what `decode` just returned, without checking again what is known."""
-        return check_trailers(fields[self._known :]) if self._known else check_request(fields)
+        known = self._known
+        if not known:
+            return check_request(fields)
+        return check_trailers(fields[known:]) if known < len(fields) else ""
 
     def _decode_foreign(self, block: bytes) -> list[Header]:
         if self._foreign is None:

@@ -121,8 +121,9 @@ class Certificate(msgspec.Struct, frozen=True, tag=True, kw_only=True):
 
 
 class ConnectionEvent(msgspec.Struct, frozen=True, kw_only=True):
-    """One line of the access log and one set of metric updates. Sent at open, each second if bytes moved,
-    and at close. Byte counts are deltas since the last event of the connection."""
+    """One line of the access log and one set of metric updates. Sent within a second of the opening unless the
+    connection is over by then (at once where openings are logged), each second if bytes moved, and at close: a
+    closed connection of which nothing was heard before was opened, too. Byte counts are deltas since the last event."""
 
     connection: int
     """Unique in the worker."""

@@ -56,16 +56,20 @@ class Delivery:
                 if self.sock is not None:
                     taken.append(self.sock)  # stays bound, so that the next port is another one
                     self.sock = None
-        except (OSError, AmbientError, ValueError) as error:
+        except (OSError, AmbientError, ValueError) as fault:
             worker.count("delivery_refused")
-            self._fail(f"delivery to {self._pod.pod.name}: {error}")
+            self._fail(f"delivery to {self._pod.pod.name}: {fault}")
             return
         finally:
             for sock in taken:
                 sock.close()
         assert self.sock is not None
-        self._connecting = Connecting(worker, self.sock, self._connected)
-        self._connecting.begin(self._ip, self._port)
+        error = sockets.connect(self.sock, self._ip, self._port)
+        if error == errno.EINPROGRESS:
+            self._connecting = Connecting(worker, self.sock, self._connected)
+            self._connecting.wait()
+        else:
+            self._connected(error)
 
     def _take_port(self, client_ip: str, client_port: int, *, last: bool) -> bool:
         """False if the application still has a connection with the port that was found: its entry is not ours to
@@ -214,9 +218,9 @@ class InboundRelay(StreamRelay):
             worker.now(),
         )
         account.protocol = "hbone"
-        account.source_identity = str(tunnel.peer)
+        account.source_identity = tunnel.peer_text
         account.destination_identity = pod.identity
-        account.hbone_address = address_text(*tunnel.local)
+        account.hbone_address = tunnel.local_text
         super().__init__(worker, pod, account, outward=False)
         self._request = request
         self._source_ip = tunnel.remote[0]

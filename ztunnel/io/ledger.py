@@ -62,6 +62,10 @@ class Ledger:
         self._next = 1
         self._events: list[ConnectionEvent] = []
         self._open: dict[int, Account] = {}
+        self._untold: dict[int, Account] = {}
+        """Open, and nobody was told yet. What ends within the second is told once: that it ended, hence was opened."""
+        self.tell_openings = False
+        """At once: each is to be a line of the access log."""
         self.counters: dict[str, int] = {}
 
     def __len__(self) -> int:
@@ -74,7 +78,17 @@ class Ledger:
         account.number = self._next
         self._next += 1
         self._open[account.number] = account
-        self._put(account, "opened")
+        if self.tell_openings:
+            self._put(account, "opened")
+            return
+        self._untold[account.number] = account
+        if len(self._untold) >= BATCH_MAX:
+            self._tell()
+
+    def _tell(self) -> None:
+        untold, self._untold = self._untold, {}
+        for account in untold.values():
+            self._put(account, "opened", moved=False)
 
     def closed(
         self,
@@ -89,6 +103,8 @@ class Ledger:
         """The end of a connection; one that never opened gets its number here."""
         if account.number:
             self._open.pop(account.number, None)
+            if self._untold.pop(account.number, None) is not None and event != "closed":
+                self._put(account, "opened", moved=False)
         else:
             account.number = self._next
             self._next += 1
@@ -96,7 +112,8 @@ class Ledger:
         self._soon()
 
     def tick(self, now: float) -> None:
-        """Once a second: progress of what moved, then everything goes out."""
+        """Once a second: what is new, progress of what moved, then everything goes out."""
+        self._tell()
         for account in self._open.values():
             if account.sent != account.reported_sent or account.received != account.reported_received:
                 self._put(account, "progress", duration_ms=(now - account.opened_at) * 1000.0)
@@ -123,11 +140,15 @@ class Ledger:
         error: str = "",
         policy: str = "",
         duration_ms: float = 0.0,
+        *,
+        moved: bool = True,
     ) -> None:
-        sent = account.sent - account.reported_sent
-        received = account.received - account.reported_received
-        account.reported_sent = account.sent
-        account.reported_received = account.received
+        sent = received = 0
+        if moved:
+            sent = account.sent - account.reported_sent
+            received = account.received - account.reported_received
+            account.reported_sent = account.sent
+            account.reported_received = account.received
         self._events.append(_event(account, event, sent, received, flags, error, policy, duration_ms))
         if len(self._events) >= BATCH_MAX:
             self.flush()

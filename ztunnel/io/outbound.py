@@ -205,7 +205,7 @@ class OutboundRelay(StreamRelay):
         block = self.worker.requests.block(
             hop.authority, route.baggage, self.account.source_address, random.getrandbits(192)
         )
-        self.account.destination_identity = str(tunnel.peer)
+        self.account.destination_identity = tunnel.peer_text
         self.set_stream(tunnel, connection.open(self, block))
         self.worker.expire(self, ANSWER_S)
         tunnel.schedule()

@@ -162,6 +162,17 @@ class Expiring(Protocol):
     def expired(self) -> None: ...
 
 
+def connect(sock: Socket, ip: str, port: int) -> int:
+    """Begin to connect: 0 if it is connected already, an errno if it failed, EINPROGRESS for `Connecting` to wait."""
+    error = sock.connect_ex((ip, port))
+    if error == errno.EINPROGRESS:
+        # Over loopback or a veth the answer is often here by now; asking again saves a turn of the loop.
+        error = sock.connect_ex((ip, port))
+        if error in _IN_PROGRESS:
+            return errno.EINPROGRESS
+    return 0 if error == errno.EISCONN else error
+
+
 class Connecting:
     """One connect: ``done(error)`` is called once, with 0 or an errno, perhaps before `begin` returns."""
 
@@ -174,16 +185,17 @@ class Connecting:
         self._done = done
 
     def begin(self, ip: str, port: int) -> None:
-        error = self._sock.connect_ex((ip, port))
+        error = connect(self._sock, ip, port)
         if error == errno.EINPROGRESS:
-            # Over loopback or a veth the answer is often here by now; asking again saves a turn of the loop.
-            error = self._sock.connect_ex((ip, port))
-        if error in _IN_PROGRESS:
-            self._fd = self._sock.fileno()
-            self._clock.expire(self, CONNECT_TIMEOUT_S)
-            self._clock.add_writer(self._fd, self._writable)
+            self.wait()
         else:
-            self._done(0 if error == errno.EISCONN else error)
+            self._done(error)
+
+    def wait(self) -> None:
+        """For a connect that is in progress."""
+        self._fd = self._sock.fileno()
+        self._clock.expire(self, CONNECT_TIMEOUT_S)
+        self._clock.add_writer(self._fd, self._writable)
 
     def _writable(self) -> None:
         self.cancel()

@@ -61,7 +61,9 @@ class Tunnel:
         "connection",
         "fd",
         "local",
+        "local_text",
         "peer",
+        "peer_text",
         "pod",
         "remote",
         "scheduled",
@@ -79,6 +81,8 @@ class Tunnel:
         self.connection: Connection | None = None
         self.peer: Identity | None = None
         self.local: tuple[str, int] = ("", 0)
+        self.local_text = self.peer_text = ""
+        """As the access log has them, of an open tunnel."""
         self.remote: tuple[str, int] = ("", 0)
         self.waiting: deque[Paused] = deque()
         """Relays that found the tunnel congested."""
@@ -139,6 +143,7 @@ class Tunnel:
             self.worker.count("tls_refused")
             self.close(f"TLS: {refused}", "TLS_FAILURE")
             return
+        self.local_text, self.peer_text = address_text(*self.local), str(self.peer)
         self.worker.keep(self)
         limits = SERVER_LIMITS if self.role is Role.SERVER else CLIENT_LIMITS
         self.connection = Connection(self.role, self, Output(self.worker.buffers), limits, self.worker.now())

@@ -41,6 +41,7 @@ _SOON_S: Final = 0.05
 _SCRATCH_BYTES: Final = 256 * 1024
 _RELAYS_OF_POD_MIN: Final = 64
 _LEVELS: Final = ("error", "warn", "info", "debug", "trace")
+_DEBUG: Final = 3
 
 
 class Redirect(Protocol):
@@ -167,7 +168,8 @@ class Worker:
         self._parent: seqpacket.PacketSocket[node.PodPut] | None = None
         self._parent_fd = -1
         self._acks: list[node.Ack] = []
-        self._level = _LEVELS.index(settings.log_level) if settings.log_level in _LEVELS else 2
+        self._level = 2
+        self.set_level(settings.log_level)
         self._stopping = False
         self._next_tick: Timer | None = None
 
@@ -210,6 +212,7 @@ class Worker:
         """An unknown level changes nothing."""
         if level in _LEVELS:
             self._level = _LEVELS.index(level)
+            self.ledger.tell_openings = self._level >= _DEBUG
 
     def connections(self, number: int) -> Connections:
         """What is open, for the control process."""
