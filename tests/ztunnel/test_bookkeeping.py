@@ -16,6 +16,7 @@ from ztunnel.core.drain import Drain, Phase
 from ztunnel.core.floods import Shares
 from ztunnel.core.messages import AskRoute, AskVerdict, Hop, Route, Verdict
 from ztunnel.core.pool import IDLE_S, STREAMS_MAX, Pool, PoolKey
+from ztunnel.io.ledger import BATCH_MAX, Account, Ledger
 from ztunnel.io.link import Link
 from ztunnel.io.tunnel import HANDSHAKES_OF_PEER, Places
 
@@ -337,3 +338,32 @@ def test_a_connection_that_ended_while_it_was_asked_for_again_is_not_held(over: 
     decision = link.decisions.verdict(VERDICT_KEY, sources[1])
     assert decision is not None and bool(decision.holders) is not over
     assert not holders[0].lost and not holders[1].lost
+
+
+def test_a_connection_that_is_over_within_the_second_is_told_of_once_and_others_when_they_open():
+    told: list[tuple[int, str, int]] = []
+    ledger = Ledger(lambda batch: told.extend((e.connection, e.event, e.sent) for e in batch.events), lambda: None)
+
+    def account() -> Account:
+        return Account("source", "uid-a", "10.0.0.1:40000", "10.0.0.2:80", 0.0)
+
+    short, denied, long, logged = (account() for _ in range(4))
+    for opened in (short, denied, long):
+        ledger.opened(opened)
+        opened.sent = 7
+    ledger.closed(short, 0.5)
+    ledger.closed(denied, 0.5, event="denied")
+    ledger.flush()
+    assert told == [(1, "closed", 7), (2, "opened", 0), (2, "denied", 7)]
+    ledger.tick(1.0)
+    ledger.tell_openings = True
+    ledger.opened(logged)
+    ledger.closed(long, 1.1)
+    ledger.closed(logged, 1.2)
+    ledger.flush()
+    assert told[3:] == [(3, "opened", 0), (3, "progress", 7), (4, "opened", 0), (3, "closed", 0), (4, "closed", 0)]
+    ledger.tell_openings = False
+    many = [account() for _ in range(BATCH_MAX + 1)]
+    for opened in many:
+        ledger.opened(opened)
+    assert len(told) == 8 + BATCH_MAX, "openings do not pile up until the second is over"

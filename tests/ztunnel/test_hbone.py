@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ztunnel.core import hbone
-from ztunnel.core.headers import Decoder, HeaderFault, check_request, encode
+from ztunnel.core.headers import Decoder, HeaderFault, check_request, decode_plain, encode
 
 LOCAL = "10.0.0.2"
 
@@ -70,8 +70,16 @@ def test_any_authority_is_read_or_refused(authority: bytes):
 
 
 PREFIX = encode(connect(b"10.0.0.2:80", (b"baggage", b"a=b")))
+OWN_TAIL = st.builds(
+    lambda length, client, trace, end: bytes([length]) + client + b"\x00\x0btraceparent\x37" + trace + end,
+    st.sampled_from([15, 15, 15, 14, 16, 127]),
+    st.sampled_from([b'for="1.2.3.4:5"', b'for="[::1]:443"', b'for="1.2.3.4\n5"', b"for=1.2.3.4:567"]),
+    st.sampled_from([b"00-" + b"a" * 32 + b"-" + b"b" * 16 + b"-01", b"a" * 54, b"a" * 54 + b"\r", b"a" * 54 + b" "]),
+    st.sampled_from([b"", b"", b"\x00\x01x\x01y", b"\n"]),
+)
 blocks = st.one_of(
     st.binary(max_size=120),
+    st.builds(lambda prefix, tail: prefix + b"\x00\x09forwarded" + tail, st.just(PREFIX), OWN_TAIL),
     st.builds(
         lambda prefix, cut, tail: prefix[:cut] + b"\x00\x09forwarded" + tail,
         st.sampled_from([PREFIX, PREFIX + b"\x00\x01x\x20", encode([(b":method", b"GET")]), b"\x00\x01a\x0d"]),
@@ -97,6 +105,7 @@ def test_what_is_kept_of_earlier_requests_never_changes_how_a_block_is_read(soup
         if results[1] is not None and all(byte < 0x20 or byte >= 0x80 for byte in block[:1]):
             assert results[0] == results[1]
             assert results[1][1] == (check_request(results[1][0]) == "")
+            assert decode_plain(block) in (None, results[1][0])
 
 
 def test_what_is_kept_of_a_peer_s_headers_is_small():
