@@ -11,35 +11,43 @@ import os
 import select
 import socket
 import struct
-import subprocess
 import termios
 import threading
 import time
-from pathlib import Path
 
 import pytest
 
 from ambient.datapath.layout import LAYOUT
 from ambient.io import bpf_drain, bpf_links, bpf_selftest_redirect, bpf_tc
 from ambient.io.bpf_maps import Maps
+from ambient.io.flow_reader import FlowReader
 from ambient.node.redirection import Redirection
 from tests.support.netlab import run_ip, until
 from tests.support.redirect import CAN, REDIRECT, WANTS, Duplex, Held, enrol, fill, held_bytes, read
-from tests.support.require import require
 
 pytestmark = [pytest.mark.net, pytest.mark.bpf]
 
 HIGH = 262144
 """2 x the receive buffer of a fresh socket, which is less than REDIRECT_HIGH_BYTES."""
+HIGHS = [4096, 65536, 1 << 20]
+at_several_bounds = pytest.mark.parametrize("high", HIGHS)
 
 
-@pytest.fixture(scope="session")
-def duplex_binary(tmp_path_factory):
-    require("gcc")
-    binary = tmp_path_factory.mktemp("duplex") / "duplex"
-    source = Path(__file__).parent / "clients/duplex.c"
-    subprocess.run(["gcc", "-Wall", "-Wextra", "-Werror", "-O1", "-pthread", "-o", binary, source], check=True)
-    return binary
+@pytest.fixture(autouse=True)
+def account(node, record_property):
+    """Tells each test's redirected and native bytes."""
+    told: list[Duplex] = []
+    reader = FlowReader(node.maps)
+    list(reader.closed())
+    yield told
+    flows = [event.value for event in (*reader.closed(), *reader.sweep())]
+    reader.close()
+    ends = [end for flow in flows for end in (flow.client, flow.server)]
+    for name in ("redirected", "native"):
+        count = sum(getattr(one, name) for one in told)
+        count += sum(end.redirect_bytes if name == "redirected" else end.native_bytes for end in ends)
+        record_property(f"{name}_bytes", count)
+        print(f"{name}: {count} bytes")
 
 
 @pytest.fixture
@@ -49,8 +57,9 @@ def pods(node, make_pod):
 
 
 @pytest.fixture
-def duplex(node, pods, duplex_binary):
+def duplex(node, pods, duplex_binary, account):
     found = Duplex(node, *pods, duplex_binary)
+    account.append(found)
     yield found
     found.close()
     until(lambda: not len(node.maps.tables["sockets"].list_keys()), "sockets leave with their connections")
@@ -64,7 +73,7 @@ def held(node, pods):
 
 
 class TestEveryByteInOrder:
-    @pytest.mark.parametrize("high", [4096, 65536, 1 << 20])
+    @at_several_bounds
     @pytest.mark.parametrize("family", [4, 6])
     def test_full_duplex_with_pauses_at_several_bounds(self, node, duplex, high, family):
         node.reset(acceleration=CAN, high_bytes=high)
@@ -74,22 +83,45 @@ class TestEveryByteInOrder:
         assert done.redirected + done.native == done.client["sent"] + done.server["sent"] + 16 * 8
         assert done.client["enomem"] == done.server["enomem"] == 0
 
-    def test_large_and_small_messages(self, duplex):
+    @at_several_bounds
+    def test_large_and_small_messages(self, node, duplex, high):
+        node.reset(acceleration=CAN, high_bytes=high)
         small = duplex.run(flows=8, total=100_000, size=40)
         assert small.redirected > 10_000
         large = duplex.run(flows=4, total=8_000_000, size=262144)
         assert large.redirected > 1_000_000
 
+    @at_several_bounds
     @pytest.mark.parametrize(("dial", "serve"), [("b", "b"), ("n", "b"), ("b", "n")])
-    def test_blocking_applications_stay_native_and_never_see_eagain(self, duplex, dial, serve):
+    def test_blocking_applications_stay_native_and_never_see_eagain(self, node, duplex, dial, serve, high):
+        node.reset(acceleration=CAN, high_bytes=high)
         done = duplex.run(dial=dial, serve=serve, pause_us=500)
         assert done.redirected == 0
         assert done.client["again_blocking"] == done.server["again_blocking"] == 0
 
+    @at_several_bounds
     @pytest.mark.parametrize(("dial", "serve"), [("t", "n"), ("n", "t"), ("t", "t")])
-    def test_an_application_that_turns_blocking_half_way(self, node, duplex, dial, serve):
+    def test_an_application_that_turns_blocking_half_way(self, node, duplex, dial, serve, high):
+        node.reset(acceleration=CAN, high_bytes=high)
         counted = node.counted()
         done = duplex.run(dial=dial, serve=serve, total=2_000_000)
+        assert done.redirected > 0
+        assert counted("redirect_blocking") >= 1
+
+    @at_several_bounds
+    @pytest.mark.parametrize(("dial", "serve"), [("s", "n"), ("n", "s"), ("s", "s")])
+    def test_an_application_that_stops_blocking_half_way(self, node, duplex, dial, serve, high):
+        """A descriptor that never was O_NONBLOCK enters no sockhash, so its recv() sees no EAGAIN."""
+        node.reset(acceleration=CAN, high_bytes=high)
+        done = duplex.run(dial=dial, serve=serve, total=4_000_000, pause_us=4000)
+        assert done.redirected > 0
+        assert done.client["again_blocking"] == done.server["again_blocking"] == 0
+
+    @at_several_bounds
+    def test_applications_that_turn_blocking_and_back_and_again(self, node, duplex, high):
+        node.reset(acceleration=CAN, high_bytes=high)
+        counted = node.counted()
+        done = duplex.run(dial="w", serve="w", total=4_000_000)
         assert done.redirected > 0
         assert counted("redirect_blocking") >= 1
 
@@ -107,16 +139,22 @@ class TestEveryByteInOrder:
                 assert bool(end.sighting & LAYOUT["END_EDGE"]) is (mode == "e")
                 assert bool(end.sighting & LAYOUT["END_INSERTED"]) is (mode != "e")
 
-    def test_writes_before_accept(self, duplex):
+    @at_several_bounds
+    def test_writes_before_accept(self, node, duplex, high):
+        node.reset(acceleration=CAN, high_bytes=high)
         assert duplex.run(accept_delay_ms=10, total=4_000_000).redirected > 0
 
+    @at_several_bounds
     @pytest.mark.parametrize("end", ["r", "u"])
-    def test_resets_and_closing_with_unread_bytes(self, duplex, end):
+    def test_resets_and_closing_with_unread_bytes(self, node, duplex, end, high):
         """What arrives is right; how much arrives is up to who gives up."""
+        node.reset(acceleration=CAN, high_bytes=high)
         done = duplex.run(end=end, total=4_000_000)
         assert done.redirected > 0
 
-    def test_ten_thousand_short_connections(self, node, duplex):
+    @at_several_bounds
+    def test_ten_thousand_short_connections(self, node, duplex, high):
+        node.reset(acceleration=CAN, high_bytes=high)
         began = time.monotonic()
         flows = redirected = 0
         for batch in range(20):

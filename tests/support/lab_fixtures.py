@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import subprocess
+from pathlib import Path
+
 import pytest
 
 from tests.support.netlab import Lab, Node, Pod, until
@@ -14,6 +17,16 @@ def netlab(tmp_path_factory):
     netlab = Lab(tmp_path_factory.mktemp("netlab"))
     yield netlab
     netlab.close()
+
+
+@pytest.fixture(scope="session")
+def duplex_binary(tmp_path_factory) -> Path:
+    """tests/net/clients/duplex.c"""
+    require("gcc")
+    binary = tmp_path_factory.mktemp("duplex") / "duplex"
+    source = Path(__file__).resolve().parents[1] / "net/clients/duplex.c"
+    subprocess.run(["gcc", "-Wall", "-Wextra", "-Werror", "-O1", "-pthread", "-o", binary, source], check=True)
+    return binary
 
 
 @pytest.fixture(scope="session")

@@ -18,13 +18,15 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from ambient.datapath.layout import LAYOUT
 from ambient.datapath.values import EnrolledValue, SettingsValue, WorkloadValue, network_range
 from ambient.io import bpf_links, cgroup, netns
 from ambient.io.bpf_maps import Maps
+from tests.support import changed
+from tests.support.changed import Change
 
 SO_COOKIE = 57
 _CLIENTS = Path(__file__).resolve().parents[1] / "net" / "clients"
@@ -274,9 +276,10 @@ class Pod:
 class Node:
     """A namespace with a bridge, cgroups, and the programs loaded into them."""
 
-    def __init__(self, lab: Lab, name: str, number: int) -> None:
+    def __init__(self, lab: Lab, name: str, number: int, changes: Sequence[Change] = ()) -> None:
         self.lab = lab
         self.number = number
+        self.sources = changed.copy(lab.scratch / f"bpf-{name}", changes) if changes else None
         self.cgroup = cgroup.create(lab.cgroup / name)
         for part in ("kubepods", "kubelet", "ztunnel", "agent"):
             cgroup.create(self.cgroup / part)
@@ -293,13 +296,15 @@ class Node:
         )
         self.puppets: list[Puppet] = []
         self.loader_said = self.load()
-        self.maps = Maps.open(self.bpffs_dir)
+        with changed.limits_of(self.sources):
+            self.maps = Maps.open(self.bpffs_dir)
         self._numbers = itertools.count(1)
         self.reset()
 
     def load(self, *extra: str) -> str:
         """Run the loader process."""
-        command = [sys.executable, "-m", "ambient.io.bpf_load", "--bpffs-dir", str(self.bpffs_dir)]
+        module = ["tests.support.changed", str(self.sources)] if self.sources else ["ambient.io.bpf_load"]
+        command = [sys.executable, "-m", *module, "--bpffs-dir", str(self.bpffs_dir)]
         command += ["--node-cgroup", str(self.cgroup), "--pods-cgroup", str(self.cgroup / "kubepods"), *extra]
         done = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).resolve().parents[2])
         assert done.returncode == 0, done.stderr
@@ -376,13 +381,15 @@ class Lab:
 
     def __init__(self, scratch: Path) -> None:
         sweep()
+        self.scratch = scratch
         self.cgroup = cgroup.create(cgroup.mount_point() / f"{_PREFIX}{os.getpid()}")
         self.binary = scratch / "puppet"
         subprocess.run(["gcc", "-Wall", "-Werror", "-O1", "-o", self.binary, _CLIENTS / "puppet.c"], check=True)
         self.nodes: list[Node] = []
 
-    def node(self, name: str) -> Node:
-        node = Node(self, name, len(self.nodes) + 1)
+    def node(self, name: str, *changes: Change) -> Node:
+        """Another node; with ``changes`` its programs are changed so."""
+        node = Node(self, name, len(self.nodes) + 1, changes)
         self.nodes.append(node)
         return node
 

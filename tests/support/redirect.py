@@ -9,7 +9,7 @@ import select
 import socket
 import struct
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -59,9 +59,15 @@ class Done:
 class Duplex:
     """The C client on both sides; see tests/net/clients/duplex.c."""
 
-    def __init__(self, node: Node, client: Pod, server: Pod, binary: Path) -> None:
+    def __init__(
+        self, node: Node, client: Pod, server: Pod, binary: Path, server_enters: Callable[[], None] = lambda: None
+    ) -> None:
+        """``server_enters`` runs in the server's process before it begins."""
         self.node, self.client, self.server, self.binary = node, client, server, binary
+        self.redirected = self.native = 0
+        """Bytes of all runs so far."""
         self._port = 7000
+        self._server_enters = server_enters
         self._reader = FlowReader(node.maps)
         list(self._reader.closed())
 
@@ -72,6 +78,8 @@ class Duplex:
         def place() -> None:
             cgroup.move(0, pod.cgroup)
             netns._enter(pod.fd)
+            if words[0] == "serve":
+                self._server_enters()
 
         return subprocess.Popen(
             [self.binary, *map(str, words)],
@@ -124,7 +132,10 @@ class Duplex:
             return len(found) >= flows
 
         until(reported, f"{flows} flows are reported")
-        return Done(json.loads(client_said), json.loads(server_said), found)
+        done = Done(json.loads(client_said), json.loads(server_said), found)
+        self.redirected += done.redirected
+        self.native += done.native
+        return done
 
 
 class Held:

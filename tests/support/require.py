@@ -9,6 +9,14 @@ from pathlib import Path
 
 import pytest
 
+from ambient.io import cgroup
+
+
+def memory_hierarchy() -> Path | None:
+    """Where the memory controller of cgroup v1 is mounted, if it can limit what sockets hold."""
+    mounts = cgroup.parse_mounts(Path("/proc/self/mountinfo").read_text(), "cgroup")
+    return next((path for _, path in mounts if (path / "memory.kmem.tcp.limit_in_bytes").exists()), None)
+
 
 def _missing(need: str) -> str | None:
     match need:
@@ -32,6 +40,8 @@ def _missing(need: str) -> str | None:
             if not (Path(__file__).parents[2] / "build/guest/version").exists():
                 return "no kernel for the guest: make build/guest/version"
             return _missing("qemu-system-x86_64") or _missing("cpio") or _missing("busybox")
+        case "kmem.tcp":
+            return None if memory_hierarchy() else "no memory controller of cgroup v1 limits TCP's memory here"
         case tool:
             return None if shutil.which(tool) else f"{tool} is not installed"
 

@@ -3,10 +3,11 @@
  *   duplex serve|dial IP PORT FLOWS MODE BYTES SIZE PAUSE_US END ACCEPT_DELAY_MS SEED
  *
  * MODE: n non-blocking, level-triggered; e non-blocking, edge-triggered, and a short read counts as drained (unless the end was announced); b blocking, a
- * thread for each direction; t non-blocking until half of the bytes were read, then blocking.
+ * thread for each direction; t non-blocking until half of the bytes were read, then blocking; s the other way round; w from
+ * one to the other at each quarter.
  * BYTES are sent by each end in messages of 1 to SIZE bytes; before a read or write it now and then pauses up to
- * PAUSE_US. END: f half-close and read to the end; r reset once half was sent; u close with half unread; k keep open, print,
- * and end with stdin. The first eight bytes of a connection are its number and are sent by the client. Prints one line of
+ * PAUSE_US. END: f half-close and read to the end; r reset once half was sent; u close at once when half was read, the rest
+ * unread; k keep open, print, and end with stdin. The first eight bytes of a connection are its number and are sent by the client. Prints one line of
  * JSON; exits 0 if every byte received was right and, for END f, all came. Dies after 120 s.
  */
 #define _GNU_SOURCE
@@ -80,6 +81,27 @@ static void check(struct flow *f, const uint8_t *data, size_t length)
 	}
 }
 
+/* Whether the descriptor blocks at this point of the exchange. */
+static int blocks(struct flow *f)
+{
+	if (mode == 't')
+		return f->received > total / 2;
+	if (mode == 's')
+		return f->received <= total / 2;
+	if (mode == 'w')
+		return f->received / (total / 4 + 1) % 2;
+	return mode == 'b';
+}
+
+static void set_blocking(struct flow *f, int wanted)
+{
+	int flags = fcntl(f->fd, F_GETFL);
+
+	if (wanted != f->blocking)
+		fcntl(f->fd, F_SETFL, wanted ? flags & ~O_NONBLOCK : flags | O_NONBLOCK);
+	f->blocking = wanted;
+}
+
 /* 1: more to do now, 0: nothing more at all, -1: would block. */
 static int read_some(struct flow *f, uint8_t *buffer)
 {
@@ -90,10 +112,7 @@ static int read_some(struct flow *f, uint8_t *buffer)
 	got = recv(f->fd, buffer, want, 0);
 	if (got > 0) {
 		check(f, buffer, got);
-		if (mode == 't' && !f->blocking && f->received > total / 2) {
-			fcntl(f->fd, F_SETFL, fcntl(f->fd, F_GETFL) & ~O_NONBLOCK);
-			f->blocking = 1;
-		}
+		set_blocking(f, blocks(f));
 		if (mode == 'e' && (size_t)got < want && !f->ended)
 			return -1;
 		return 1;
@@ -126,7 +145,7 @@ static int write_some(struct flow *f, uint8_t *buffer)
 	for (uint64_t index = 0; index < length; index++)
 		buffer[index] = byte_at(f->id, serving, f->sent + index);
 	rest(f);
-	put = send(f->fd, buffer, length, MSG_NOSIGNAL | (mode == 't' ? MSG_DONTWAIT : 0));
+	put = send(f->fd, buffer, length, MSG_NOSIGNAL | (mode == 'b' ? 0 : MSG_DONTWAIT));
 	if (put > 0) {
 		f->sent += put;
 		return 1;
@@ -230,7 +249,8 @@ static void start(struct flow *f, int fd, uint64_t id, int poll)
 		pthread_detach(thread);
 		return;
 	}
-	fcntl(fd, F_SETFL, fcntl(fd, F_GETFL) | O_NONBLOCK);
+	f->blocking = 1; /* as it is made */
+	set_blocking(f, blocks(f));
 	epoll_ctl(poll, EPOLL_CTL_ADD, fd, &event);
 }
 
@@ -248,6 +268,8 @@ static void step(struct flow *f, uint8_t *buffer)
 		if (f->blocking)
 			break;
 	}
+	if (ending == 'u' && f->finished_read && !f->finished_write)
+		end_writing(f);
 	for (turns = 0; f->writable && !f->finished_write && turns < 8; turns++) {
 		result = write_some(f, buffer);
 		if (result == 0)
