@@ -107,6 +107,7 @@ class Duplex:
     ) -> Done:
         """Exchange and check; an AssertionError if a byte was wrong or it did not end in time."""
         self._port += 1
+        self.node.beat()
         address = self.server.ip6 if family == 6 else self.server.ip4
         words = (total, size, pause_us, end)
         server = self._start(self.server, "serve", address, self._port, flows, serve, *words, accept_delay_ms, seed)
