@@ -111,14 +111,9 @@ class TestEveryByteInOrder:
     @at_several_bounds
     @pytest.mark.parametrize(("dial", "serve"), [("s", "n"), ("n", "s"), ("s", "s")])
     def test_an_application_that_stops_blocking_half_way(self, node, duplex, dial, serve, high):
-        """A descriptor that blocks enters no sockhash: its recv() sees no EAGAIN. With as much on its way as there is
-        room for, native bytes are never all read, and few flows come to be redirected."""
+        """A descriptor that blocks enters no sockhash: its recv() sees no EAGAIN."""
         node.reset(acceleration=CAN, high_bytes=high)
         done = duplex.run(dial=dial, serve=serve, total=2_000_000, pause_us=4000)
-        inserted = [
-            end.sighting & LAYOUT["END_INSERTED"] for e in done.flows for end in (e.value.client, e.value.server)
-        ]
-        assert any(inserted)
         assert done.client["again_blocking"] == done.server["again_blocking"] == 0
 
     @at_several_bounds
