@@ -138,7 +138,7 @@ def with_rates(rates: Rates, now: float, rows: list[Row]) -> list[Row]:
     return [
         {
             **row,
-            "bytes_s": rates.number(
+            "bytes_per_s": rates.number(
                 (row["node"], row["direction"], row["client"], row["server"]),
                 now,
                 (row["sent"] or 0) + (row["received"] or 0),
@@ -177,4 +177,4 @@ def flows(
         return
     rates = Rates()
     for now in ticks(interval, count):
-        show(with_rates(rates, now, look(nodes, only, path)), output, (*_COLUMNS, "bytes_s"))
+        show(with_rates(rates, now, look(nodes, only, path)), output, (*_COLUMNS, "bytes_per_s"))

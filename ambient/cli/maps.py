@@ -18,10 +18,22 @@ from ambient.cli.watch import Rates, show, ticks, watch_options
 from ambient.datapath import render
 from ambient.datapath.describe import MAP_PURPOSE
 from ambient.errors import ConfigFault
+from ambient.io import cgroup
 from ambient.io.bpf_maps import SPEC, Maps
 from ambient.settings import NodeSettings
 
 Row = dict[str, Any]
+
+
+def _with_paths(rows: list[Row]) -> list[Row]:
+    """Cgroups by where they are, those that are gone by their number."""
+    return [
+        {**row, "value": tuple(str(cgroup.path_of_id(ident) or ident) for ident in row["value"])}
+        if row["setting"] in ("exempt_cgroups", "kubelet_cgroups")
+        else row
+        for row in rows
+    ]
+
 
 _ROWS: dict[str, Callable[[Maps, render.Names], list[Row]]] = {
     "enrolled": lambda m, n: render.enrolled(m.enrolled.items(), n),
@@ -31,12 +43,14 @@ _ROWS: dict[str, Callable[[Maps, render.Names], list[Row]]] = {
     "authorized": lambda m, n: render.authorized(m.authorized.items(), n, time.monotonic_ns()),
     "origins": lambda m, n: render.origins(m.origins.items(), n),
     "endpoints": lambda m, n: render.endpoints(m.endpoints.items(), n),
-    "verdicts": lambda m, n: render.verdicts(m.verdicts.items(), n),
+    "verdicts": lambda m, n: render.verdicts(
+        m.verdicts.items(), n, {value.workload: value.generation for _, value in m.workloads.items()}
+    ),
     "flows": lambda m, n: render.flows(m.flows.items(), n, time.monotonic_ns()),
     "sockets": lambda m, n: render.sockets(m.sockets.items(), n),
     "listeners": lambda m, n: render.listeners(m.listeners.items(), n),
     "counters": lambda m, _: render.counters(m.counters()),
-    "settings": lambda m, _: render.settings(m.settings, time.monotonic_ns()),
+    "settings": lambda m, _: _with_paths(render.settings(m.settings, time.monotonic_ns())),
 }
 _NOT_LISTABLE = {
     "pending": "lives in sockets and cannot be listed",
@@ -44,9 +58,12 @@ _NOT_LISTABLE = {
     "events": "is a ring buffer that is consumed, not listed",
 }
 _NOT_IN_TABLE = {
+    "workloads": ("generation",),
+    "verdicts": ("generation",),
     "redirects": ("cookie",),
     "authorized": ("generation",),
     "listeners": ("socket_cookie",),
+    "sockets": ("socket_cookie",),
     "flows": ("generation",),
 }
 
@@ -115,7 +132,7 @@ def watch_maps(nodes: tuple[NodeSettings, ...], interval: float, count: int | No
             with Maps.open(node.bpffs_dir) as opened:
                 for row in overview(node, opened):
                     rows.append(_with_rates(rates, now, node.node_name, row, opened))
-        show(rows, output, ("node", "name", "entries", "limit", "added_s", "removed_s", "events_s"))
+        show(rows, output, ("node", "name", "entries", "limit", "added_per_s", "removed_per_s", "events_per_s"))
 
 
 def _with_rates(rates: Rates, now: float, node: str, row: Row, opened: Maps) -> Row:
@@ -125,17 +142,18 @@ def _with_rates(rates: Rates, now: float, node: str, row: Row, opened: Maps) -> 
         events = rates.number((node, name), now, sum(opened.counters().values()))
     elif row["entries"] is not None and name != "settings":
         added, removed = rates.entries((node, name), now, opened.tables[name].list_keys())
-    return {**row, "added_s": added, "removed_s": removed, "events_s": events}
+    return {**row, "added_per_s": added, "removed_per_s": removed, "events_per_s": events}
 
 
 def watch_rows(
     nodes: tuple[NodeSettings, ...], name: str, only: Filter, interval: float, count: int | None, output: str
 ) -> None:
-    """One map: its rows, those that are new marked with a plus, counters with their rate."""
+    """One map: its rows, those that are new marked, how many come and go per second, counters with their rate."""
     rates = Rates()
     before: set[str] | None = None
     for now in ticks(interval, count):
         rows = _rows_of(nodes, name, only)
+        changes: Row = {}
         if name == "counters":
             rows = [{**r, "per_s": rates.number((r["node"], r["reason"]), now, r["count"])} for r in rows]
         else:
@@ -145,8 +163,9 @@ def watch_rows(
                 for row, identity in zip(rows, identities, strict=True)
             ]
             before = set(identities)
+            changes = dict(zip(("added_per_s", "removed_per_s"), rates.entries(name, now, before), strict=True))
         hidden = _NOT_IN_TABLE.get(name, ())
-        show(rows, output, [column for column in (rows[0] if rows else ()) if column not in hidden])
+        show(rows, output, [column for column in (rows[0] if rows else ()) if column not in hidden], changes)
 
 
 def _identity(row: Row) -> str:

@@ -41,13 +41,36 @@ def cell(value: Any) -> str:
     return str(value)
 
 
+def age_text(seconds: float) -> str:
+    """``5.7s``, ``2m03s``, ``3h05m``, ``4d06h``."""
+    if seconds < 60:
+        return f"{seconds:.1f}s"
+    for limit, large, small, unit in ((3600, 60, 1, "ms"), (86400, 3600, 60, "hm"), (float("inf"), 86400, 3600, "dh")):
+        if seconds < limit:
+            whole, rest = divmod(int(seconds), large)
+            return f"{whole}{unit[0]}{rest // small:02d}{unit[1]}"
+    return str(seconds)
+
+
+def _heading(column: str) -> str:
+    if column == "age_s":
+        return "AGE"
+    text = f"{column.removesuffix('_per_s')}/s" if column.endswith("_per_s") else column
+    return text.replace("_", " ").upper()
+
+
+def _cell_of(row: Row, column: str) -> str:
+    value = row.get(column)
+    return age_text(value) if column == "age_s" and isinstance(value, int | float) else cell(value)
+
+
 def table(rows: Sequence[Row], columns: Sequence[str], width: int | None = None) -> str:
     """A kubectl-like table: upper-case headings, no lines, one row each."""
     grid = Table(box=None, pad_edge=False, show_edge=False, header_style="")
     for column in columns:
-        grid.add_column(column.replace("_", " ").upper(), no_wrap=True, overflow="fold")
+        grid.add_column(_heading(column), no_wrap=True, overflow="fold")
     for row in rows:
-        grid.add_row(*(cell(row.get(column)) for column in columns))
+        grid.add_row(*(_cell_of(row, column) for column in columns))
     out = io.StringIO()
     Console(file=out, width=width or 400, color_system=None, highlight=False, markup=False).print(grid)
     return "\n".join(line.rstrip() for line in out.getvalue().splitlines())

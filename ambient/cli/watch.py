@@ -87,13 +87,19 @@ class Rates:
         return round(grown / (now - before[0]), 1)
 
 
-def show(rows: Sequence[Row], output: str, columns: Collection[str]) -> None:
-    """One look: a time and a table for people, one line of JSON for programs."""
+def show(rows: Sequence[Row], output: str, columns: Collection[str], changes: Row | None = None) -> None:
+    """One look: a time and a table for people, one line of JSON for programs. ``changes`` are rates of the whole."""
     if output == "yaml":
         raise ConfigFault("-o", output, "--watch prints a table or, with -o json, one line per look")
     if output == "json":
-        click.echo(json.dumps({"at": round(time.time(), 3), "rows": [dict(row) for row in rows]}, default=str))
+        click.echo(
+            json.dumps(
+                {"at": round(time.time(), 3), **(changes or {}), "rows": [dict(row) for row in rows]}, default=str
+            )
+        )
     else:
-        click.echo(time.strftime("%H:%M:%S"))
+        known = {name: rate for name, rate in (changes or {}).items() if rate is not None}
+        said = ", ".join(f"{name.removesuffix('_per_s')} {rate}/s" for name, rate in known.items())
+        click.echo(time.strftime("%H:%M:%S") + (f"  {said}" if said else ""))
         click.echo(table(rows, list(columns)) if rows else cell(None))
         click.echo("")

@@ -142,8 +142,11 @@ def endpoints(entries: Iterable[tuple[v.EndpointKey, v.EndpointValue]], names: N
     return sorted(rows, key=lambda row: (str(row["service"]), row["port"], row["slot"]))
 
 
-def verdicts(entries: Iterable[tuple[v.VerdictKey, v.VerdictValue]], names: Names) -> list[Row]:
-    """``port`` is * for every port without a row of its own."""
+def verdicts(
+    entries: Iterable[tuple[v.VerdictKey, v.VerdictValue]], names: Names, current: Mapping[int, int]
+) -> list[Row]:
+    """``port`` is * for every port without a row of its own; ``counts`` is whether the destination still has the
+    generation of the entry. ``current`` holds generations by the workload's number."""
     rows = [
         {
             "source": names.identities.get(key.identity) or key.identity,
@@ -151,6 +154,7 @@ def verdicts(entries: Iterable[tuple[v.VerdictKey, v.VerdictValue]], names: Name
             "port": key.port or "*",
             "verdict": "allow" if e.allow else "deny",
             "policy": names.policies.get(e.policy) or e.policy or "",
+            "counts": current.get(key.workload) == e.generation,
             "generation": e.generation,
         }
         for key, e in entries
@@ -159,7 +163,8 @@ def verdicts(entries: Iterable[tuple[v.VerdictKey, v.VerdictValue]], names: Name
 
 
 def flows(entries: Iterable[tuple[v.TupleKey, v.FlowValue]], names: Names, now_ns: int) -> list[Row]:
-    """Native bytes are known to the map when an end has closed; of a live flow the sockets have to be asked."""
+    """Native bytes are known to the map when an end has closed (None before); of a live flow the sockets have to be
+    asked."""
     rows = [
         {
             "source": names.workload(e.source) or e.source,
@@ -170,9 +175,9 @@ def flows(entries: Iterable[tuple[v.TupleKey, v.FlowValue]], names: Names, now_n
             "identity": names.identities.get(e.identity) or e.identity,
             "policy": names.policies.get(e.policy) or e.policy or "",
             "acceleration": ACCELERATIONS.get(e.acceleration, str(e.acceleration)),
-            "sent_native": e.client.native_bytes,
+            "sent_native": e.client.native_bytes if _counted(e) else None,
             "sent_redirected": e.client.redirect_bytes,
-            "received_native": e.server.native_bytes,
+            "received_native": e.server.native_bytes if _counted(e) else None,
             "received_redirected": e.server.redirect_bytes,
             "switches": e.client.switches + e.server.switches,
             "state": _flow_state(e),
@@ -185,6 +190,10 @@ def flows(entries: Iterable[tuple[v.TupleKey, v.FlowValue]], names: Names, now_n
     return sorted(rows, key=lambda row: float(str(row["age_s"])))
 
 
+def _counted(flow: v.FlowValue) -> bool:
+    return bool((flow.client.flags | flow.server.flags) & LAYOUT["END_CLOSED"])
+
+
 def _flow_state(flow: v.FlowValue) -> str:
     closed = LAYOUT["END_CLOSED"]
     if flow.client.flags & closed:
@@ -195,7 +204,8 @@ def _flow_state(flow: v.FlowValue) -> str:
 
 
 def sockets(entries: Iterable[tuple[v.TupleKey, int]], names: Names) -> list[Row]:
-    return [{**_tuple(key, names), "socket_cookie": cookie} for key, cookie in entries]
+    rows = [{**_tuple(key, names), "socket_cookie": cookie} for key, cookie in entries]
+    return sorted(rows, key=lambda row: (str(row["local"]), str(row["remote"])))
 
 
 def redirects(entries: Iterable[tuple[v.RedirectKey, v.RedirectValue]], names: Names, now_ns: int) -> list[Row]:
@@ -225,7 +235,7 @@ def _tuple(key: v.TupleKey, names: Names) -> Row:
 
 
 def authorized(entries: Iterable[tuple[v.TupleKey, v.AuthorizedValue]], names: Names, now_ns: int) -> list[Row]:
-    return [
+    rows = [
         {
             **_tuple(key, names),
             "workload": names.workload(e.workload) or e.workload,
@@ -235,10 +245,11 @@ def authorized(entries: Iterable[tuple[v.TupleKey, v.AuthorizedValue]], names: N
         }
         for key, e in entries
     ]
+    return sorted(rows, key=lambda row: float(str(row["age_s"])))
 
 
 def origins(entries: Iterable[tuple[v.TupleKey, v.OriginValue]], names: Names) -> list[Row]:
-    return [
+    rows = [
         {
             **_tuple(key, names),
             "client": socket_text(e.client, e.client_port),
@@ -247,6 +258,7 @@ def origins(entries: Iterable[tuple[v.TupleKey, v.OriginValue]], names: Names) -
         }
         for key, e in entries
     ]
+    return sorted(rows, key=lambda row: (str(row["local"]), str(row["remote"])))
 
 
 def listeners(entries: Iterable[tuple[v.ListenerKey, int]], names: Names) -> list[Row]:

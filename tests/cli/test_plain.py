@@ -73,4 +73,4 @@ def test_plain_rows_have_the_columns_of_all_flows_and_rates() -> None:
     assert row["path"] in PATHS
     rates = Rates()
     with_rates(rates, 1.0, [row])
-    assert with_rates(rates, 2.0, [{**row, "received": 17}])[0]["bytes_s"] == 10
+    assert with_rates(rates, 2.0, [{**row, "received": 17}])[0]["bytes_per_s"] == 10

@@ -132,8 +132,8 @@ def test_a_kernel_flow_is_redirect_once_bytes_were_redirected() -> None:
 def test_watched_flows_have_bytes_per_second() -> None:
     rates = Rates()
     row = {"node": "n1", **ztunnel_row(CONNECTION)}
-    assert with_rates(rates, 1.0, [row])[0]["bytes_s"] is None
-    assert with_rates(rates, 3.0, [{**row, "sent": 50}])[0]["bytes_s"] == 20
+    assert with_rates(rates, 1.0, [row])[0]["bytes_per_s"] is None
+    assert with_rates(rates, 3.0, [{**row, "sent": 50}])[0]["bytes_per_s"] == 20
 
 
 def test_an_interval_that_cannot_be_is_misuse() -> None:

@@ -7,10 +7,13 @@ import socket
 from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
+from click.testing import CliRunner
 
+from ambient.cli import cli
 from ambient.datapath.layout import LAYOUT
 from ambient.datapath.values import (
     EndpointKey,
@@ -22,12 +25,13 @@ from ambient.datapath.values import (
     WorkloadValue,
 )
 from ambient.io import bpf_links
-from ambient.io.bpf_maps import Maps
+from ambient.io.bpf_maps import SPEC, Maps
 from ambient.lab.driver import CommandFailed, eventually
 from tests.support.mesh import APPS, PORT, Mesh, authorization, pod, service
 
 pytestmark = [pytest.mark.lab, pytest.mark.net]
 
+SHOP = Path(__file__).parents[2] / "examples" / "shop"
 SECRET = "plain-to-see-48151623"
 
 
@@ -103,7 +107,7 @@ def test_watching_counters_shows_how_fast_they_grow(mesh: Mesh, shop: str) -> No
     assert len(looks) == 2 and looks[0]["rows"][0]["per_s"] is None
     assert all(row["per_s"] >= 0 for row in looks[1]["rows"] if row["per_s"] is not None)
     overview = mesh.ambient("maps", "--watch", "--count", "1", "--lab", mesh.lab.name)
-    assert "ADDED S" in overview and "counters" in overview
+    assert "ADDED/S" in overview and "counters" in overview
 
 
 def test_diff_is_clean_finds_what_was_changed_and_repairs_it(mesh: Mesh, shop: str) -> None:
@@ -145,6 +149,75 @@ def judged(mesh: Mesh, shop: str) -> Iterator[str]:
     mesh.remove(shop, "service", "d")
     mesh.remove(shop, "authorizationpolicy", "only-a")
     mesh.await_policy("node1", f"{shop}/only-a", there=False)
+
+
+NAMED = ("workload", "source", "destination", "service", "identity", "policy", "pod", "client_name")
+"""Columns that hold a name wherever there is one."""
+
+
+def test_every_map_is_shown_by_names_filtered_and_watched(mesh: Mesh, judged: str) -> None:
+    def maps(*words: str) -> list[dict[str, Any]]:
+        result = CliRunner().invoke(cli, ["maps", *words, "--lab", mesh.lab.name])
+        assert result.exit_code == 0, result.output
+        return (
+            [json.loads(line) for line in result.output.splitlines()]
+            if "--watch" in words
+            else json.loads(result.output)
+        )
+
+    names = [row["name"] for row in maps("-o", "json") if row["node"] == "node1"]
+    listed = [name for name in names if name not in ("events", "pending")]
+    assert set(names) == set(SPEC) and len(listed) == 13
+    mesh.kubectl("annotate", "namespace", judged, "ambient.mesh/acceleration=redirect")
+    mesh.kubectl("create", "serviceaccount", "shop", "-n", judged)
+    mesh.apply(judged, pod("shop", command=["python3", str(SHOP / "cart.py")]))
+    mesh.await_ready(judged, {"shop"}, True)
+    hold, browse = ["python3", str(APPS / "call.py"), "--hold"], ["python3", str(SHOP / "browse.py")]
+    vip, c = mesh.vip(judged, "b"), mesh.address(judged, "c")
+    try:
+        eventually(
+            lambda: all("redirect" in row["flags"] for row in maps("enrolled", "-n", judged, "-o", "json")), 10, "it"
+        )
+        with (
+            Maps.open(str(mesh.lab.bpffs / "node1")) as held,
+            mesh.background(judged, "a", *hold, vip, "80") as through_ztunnel,
+            mesh.background(judged, "a", *hold, c, str(PORT)) as within,
+            mesh.background(judged, "a", *browse, f"http://{mesh.address(judged, 'shop')}:{PORT}/whoami") as moved,
+        ):
+            moved.await_output("open")
+            through_ztunnel.await_output("echoed")
+            within.await_output("echoed")
+            there = held.workloads[c]
+            held.authorize_delivery(c, PORT, c, 1, workload=there.workload, generation=there.generation)
+            try:
+                for name in listed:
+                    words = () if name in ("counters", "settings") else ("-n", judged)
+                    rows = maps(name, *words, "-o", "json")
+                    assert rows, f"{name} holds nothing"
+                    assert not [r for r in rows for column in NAMED if isinstance(r.get(column, ""), int)], (name, rows)
+                    table = CliRunner().invoke(cli, ["maps", name, *words, "--lab", mesh.lab.name]).output
+                    assert len(table.splitlines()) == 1 + len(rows) and "None" not in table
+                    looks = maps(name, *words, "-o", "json", "--watch", "--interval", "0.05", "--count", "2")
+                    assert [set(row) - {"new", "per_s"} for row in looks[1]["rows"]] == [set(row) for row in rows]
+                    if name not in ("counters", "settings"):
+                        assert maps(name, "-n", "nobodys", "-o", "json") == []
+                        assert looks[1]["added_per_s"] == looks[1]["removed_per_s"] == 0
+                        assert not any(row["new"] for row in looks[1]["rows"])
+                    else:
+                        refused = CliRunner().invoke(cli, ["maps", name, "-n", judged, "--lab", mesh.lab.name])
+                        assert refused.exit_code == 1 and "no names" in refused.output
+            finally:
+                held.withdraw_delivery(c, PORT, c, 1)
+            (row,) = maps("flows", "--pod", f"{judged}/c", "-o", "json")
+            assert (row["acceleration"], row["policy"], row["sent_native"]) == ("redirect", f"{judged}/only-a", None)
+            assert all(row["counts"] for row in maps("verdicts", "-n", judged, "-o", "json"))
+            paths = [row["value"] for row in maps("settings", "-o", "json") if row["setting"] == "exempt_cgroups"]
+            assert all(str(path).endswith(("/ztunnel", "/agent")) for found in paths for path in found)
+            looks = maps("-o", "json", "--watch", "--interval", "0.05", "--count", "2")
+            assert {row["name"] for row in looks[1]["rows"]} == set(names)
+    finally:
+        mesh.kubectl("annotate", "namespace", judged, "ambient.mesh/acceleration-")
+        mesh.remove(judged, "pod", "shop")
 
 
 def test_what_was_taken_out_changed_or_added_in_any_map_is_named_and_repaired(mesh: Mesh, judged: str) -> None:
@@ -278,7 +351,7 @@ def test_what_the_mesh_leaves_alone_is_shown_as_plain_and_nothing_else_is(mesh: 
         paths = {r["destination"]: r["path"] for r in ambient(mesh, "flows", "--pod", f"{shop}/a", "--node", "node1")}
         assert paths == {f"{outside}/x": "plain", f"{shop}/b": "ztunnel", f"{shop}/c": "direct"}
         look = mesh.ambient("flows", "--watch", "--count", "1", "--path", "plain", "--lab", mesh.lab.name)
-        assert f"{outside}/x" in look and "BYTES S" in look
+        assert f"{outside}/x" in look and "BYTES/S" in look
     eventually(lambda: not plain("-n", shop), 10, "the connection to go")
 
 
