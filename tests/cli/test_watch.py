@@ -13,6 +13,7 @@ import pytest
 
 from ambient.cli.filters import Filter, namespace_of
 from ambient.cli.flows import kernel_row, service_name, with_rates, ztunnel_row
+from ambient.cli.output import age_text, table
 from ambient.cli.watch import Rates, show, ticks
 from ambient.errors import ConfigFault
 
@@ -143,3 +144,33 @@ def test_an_interval_that_cannot_be_is_misuse() -> None:
 
     for words in (["--interval", "0"], ["--count", "0"]):
         assert CliRunner().invoke(cli, ["flows", "--watch", *words]).exit_code == click.UsageError.exit_code
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [
+        (0, "0.0s"),
+        (59.94, "59.9s"),
+        (60, "1m00s"),
+        (3599, "59m59s"),
+        (3600, "1h00m"),
+        (90000, "1d01h"),
+        (8e6, "92d14h"),
+    ],
+)
+def test_ages_are_written_as_people_do(seconds: float, text: str) -> None:
+    assert age_text(seconds) == text
+
+
+def test_headings_say_what_is_per_second_and_numbers_stay_in_json() -> None:
+    text = table([{"age_s": 75.5, "added_per_s": 2.0, "bytes_per_s": None}], ["age_s", "added_per_s", "bytes_per_s"])
+    assert [line.split() for line in text.splitlines()] == [["AGE", "ADDED/S", "BYTES/S"], ["1m15s", "2.0", "-"]]
+
+
+def test_a_look_at_one_map_tells_what_came_and_went(capsys: pytest.CaptureFixture[str]) -> None:
+    changes = {"added_per_s": 1.5, "removed_per_s": 0.0}
+    show([{"a": 1}], "json", (), changes)
+    show([{"a": 1}], "table", ("a",), changes)
+    first, second = capsys.readouterr().out.splitlines()[:2]
+    assert json.loads(first)["added_per_s"] == 1.5
+    assert second.endswith("added 1.5/s, removed 0.0/s")
