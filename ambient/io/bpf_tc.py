@@ -1,7 +1,8 @@
 """The tc program of redirection on the interfaces of a pod: by TCX links (Linux 6.6), else as a clsact filter.
 
 A link is pinned at ``pods/UID/enrol-IFINDEX`` beside the pod's sk_lookup and goes with it. A filter has our own handle
-and stands beside those of strangers; it goes with the interface, or here.
+and stands beside those of strangers; ``pods/UID/enrol-IFINDEX-filter``, a pin of its program, says that it is there. It
+goes with the interface, or here; one that a pod keeps after it left does nothing, for want of flows.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ _PRIORITY: Final = 0xA3B1
 _INGRESS: Final = 0xFFFFFFF2
 """TC_H_MAKE(TC_H_CLSACT, TC_H_MIN_INGRESS)"""
 _INTERFACES_MAX: Final = 8
+_FILTER: Final = "-filter"
 
 
 def _interfaces() -> list[int]:
@@ -52,13 +54,22 @@ def attach(bpffs_dir: str | Path, netns_fd: int, pod_uid: str, *, links: bool = 
     def inside() -> int:
         added = 0
         for index in _interfaces():
-            pin = directory / f"enrol-{index}"
+            pin, mark = directory / f"enrol-{index}", directory / f"enrol-{index}{_FILTER}"
             if pin.exists():
                 if _alive(pin, index):
                     continue
                 pin.unlink()
+            if mark.exists():
+                if _filtered(index):
+                    continue
+                mark.unlink()
+            try:
+                directory.mkdir(parents=True, exist_ok=True)
+            except OSError as error:
+                raise PlatformFault(f"{directory}: {error.strerror}") from None
             if not (links and _link(prog, index, pin, pod_uid)):
                 _filter("add", index, prog)
+                bpf_sys.obj_pin(prog, str(mark))
             added += 1
         return added
 
@@ -85,10 +96,7 @@ def _link(prog: int, index: int, pin: Path, uid: str) -> bool:
             return False
         raise
     try:
-        pin.parent.mkdir(parents=True, exist_ok=True)
         bpf_sys.obj_pin(link, str(pin))
-    except OSError as error:
-        raise PlatformFault(f"pin {pin}: {error.strerror}") from None
     finally:
         os.close(link)
     return True
@@ -113,8 +121,16 @@ def _filter(command: str, index: int, prog: int = -1) -> None:
             raise PlatformFault(f"clsact filter on interface {index}: {error}: is the module cls_bpf there?") from None
 
 
+def _filtered(index: int) -> bool:
+    """Whether our filter is on an interface of the calling thread's namespace."""
+    from pyroute2 import IPRoute
+
+    with IPRoute() as route:
+        return any(found["handle"] == _HANDLE for found in route.get_filters(index, parent=_INGRESS))
+
+
 def attached(bpffs_dir: str | Path) -> set[str]:
-    """UIDs of the pods that have a link."""
+    """UIDs of the pods that have a link or a filter."""
     pods = bpf_links.version_dir(bpffs_dir) / "pods"
     return {pin.parent.name for pin in pods.glob("*/enrol-*")} if pods.is_dir() else set()
 
@@ -125,17 +141,18 @@ def _remove_filters() -> None:
 
 
 def detach(bpffs_dir: str | Path, netns_fd: int | None, pod_uid: str) -> bool:
-    """Look no more. False if there was no link. ``netns_fd`` None: the namespace is gone, and filters with it."""
+    """Look no more. False if nothing was there. ``netns_fd`` None: the namespace is gone, and filters with it."""
     pins = list(bpf_links.pod_dir(bpffs_dir, pod_uid).glob("enrol-*"))
     for pin in pins:
-        link = bpf_sys.obj_get(str(pin))
-        try:
-            with contextlib.suppress(bpf_sys.BpfFault):
-                bpf_sys.link_detach(link)
-        finally:
-            os.close(link)
-            pin.unlink(missing_ok=True)
-    if netns_fd is not None and not pins:
+        if not pin.name.endswith(_FILTER):
+            link = bpf_sys.obj_get(str(pin))
+            try:
+                with contextlib.suppress(bpf_sys.BpfFault):
+                    bpf_sys.link_detach(link)
+            finally:
+                os.close(link)
+        pin.unlink(missing_ok=True)
+    if netns_fd is not None and any(pin.name.endswith(_FILTER) for pin in pins):
         netns.run_in_netns(netns_fd, _remove_filters)
     with contextlib.suppress(PlatformFault):
         bpffs._rmdir(bpf_links.pod_dir(bpffs_dir, pod_uid))

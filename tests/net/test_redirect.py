@@ -11,6 +11,7 @@ import os
 import select
 import socket
 import struct
+import subprocess
 import termios
 import threading
 import time
@@ -18,7 +19,7 @@ import time
 import pytest
 
 from ambient.datapath.layout import LAYOUT
-from ambient.io import bpf_drain, bpf_links, bpf_selftest_redirect, bpf_tc
+from ambient.io import bpf_drain, bpf_links, bpf_selftest_redirect, bpf_tc, netns
 from ambient.io.bpf_maps import Maps
 from ambient.io.flow_reader import FlowReader
 from ambient.node.redirection import Redirection
@@ -326,10 +327,24 @@ class TestWhatIsNotRedirected:
 
 
 class TestTheTcProgram:
-    def test_it_is_attached_once_and_goes(self, node, pods):
-        assert bpf_tc.attach(node.bpffs_dir, pods[0].fd, pods[0].name) == 0
-        assert bpf_tc.detach(node.bpffs_dir, pods[0].fd, pods[0].name) is True
-        assert bpf_tc.detach(node.bpffs_dir, pods[0].fd, pods[0].name) is False
+    @pytest.mark.parametrize("links", [True, False])
+    def test_it_is_attached_once_and_goes(self, node, pods, links):
+        """By links (TCX), and by filters as on a kernel without them."""
+        uid, fd = pods[0].name, pods[0].fd
+        bpf_tc.detach(node.bpffs_dir, fd, uid)
+        assert bpf_tc.attach(node.bpffs_dir, fd, uid, links=links) == 1
+        assert bpf_tc.attach(node.bpffs_dir, fd, uid, links=links) == 0
+        assert uid in bpf_tc.attached(node.bpffs_dir)
+        assert bpf_tc.detach(node.bpffs_dir, fd, uid) is True
+        assert bpf_tc.detach(node.bpffs_dir, fd, uid) is False
+        assert uid not in bpf_tc.attached(node.bpffs_dir)
+
+    def test_a_filter_that_somebody_removed_comes_back(self, node, pods):
+        uid, fd = pods[0].name, pods[0].fd
+        bpf_tc.detach(node.bpffs_dir, fd, uid)
+        assert bpf_tc.attach(node.bpffs_dir, fd, uid, links=False) == 1
+        netns.run_in_netns(fd, lambda: subprocess.run(["tc", "qdisc", "del", "dev", "eth0", "clsact"], check=True))
+        assert bpf_tc.attach(node.bpffs_dir, fd, uid, links=False) == 1
 
     def test_an_older_kernel_gets_filters(self, node, pods):
         """Without TCX: the same through clsact."""
