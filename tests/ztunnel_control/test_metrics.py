@@ -10,7 +10,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from ambient.model.workload import Locality
 from ambient.model.world import World
 from tests.support.shop import NODE, pod, serves, service, spiffe, workload
-from ztunnel.core.attributes import Ends, Party, describe
+from ztunnel.core.attributes import KEPT_MAX, Descriptions, Ends, Party, describe
 from ztunnel.core.local import Local
 from ztunnel.core.messages import ConnectionEvent
 from ztunnel.io.metrics import LABELS, SERIES_GRACE_S, Metrics
@@ -269,3 +269,32 @@ def test_a_label_cannot_break_the_exposition_format() -> None:
     metrics.record(1, event("opened"), Ends(source=Party(workload=evil)))
     ((labels, _),) = samples(metrics, "istio_tcp_connections_opened_total")
     assert labels["source_workload"] == evil
+
+
+def test_what_is_kept_of_ends_is_what_is_found_anew_and_never_outlives_the_world_it_was_read_from() -> None:
+    kept = Descriptions()
+    inbound = {"reporter": "destination", "local": "uid-cart-1", "destination": "", "service": ""}
+    changes: list[dict[str, Any]] = [
+        {},
+        {"service": ""},
+        {"destination": ""},
+        {"destination": "", "destination_address": "10.0.0.3:8080"},
+        {"destination_identity": spiffe("eve")},
+        {"local": "uid-none"},
+        inbound,
+        {**inbound, "source_address": "10.0.0.3:40000"},
+        {**inbound, "source_identity": spiffe("eve")},
+        {**inbound, "destination_address": "10.0.0.2:9999"},
+        {**inbound, "source_address": "[fd00::1]:40000"},
+    ]
+    empty = World.of([], [])
+    for world, local in ((WORLD, LOCAL), (empty, LOCAL), (WORLD, Local.of(NODE)), (WORLD, LOCAL), (None, LOCAL)):
+        for change in changes * 2:
+            found = event("closed", **change)
+            assert kept.describe(world, local, found) == describe(world, local, found), change
+    assert kept.describe(WORLD, LOCAL, event("closed")) is kept.describe(
+        WORLD, LOCAL, event("closed", source_address="10.0.0.1:40001")
+    )
+    for port in range(KEPT_MAX + 10):
+        kept.describe(WORLD, LOCAL, event("closed", destination_address=f"10.0.0.9:{port}"))
+        assert len(kept) <= KEPT_MAX

@@ -18,6 +18,7 @@ from ztunnel.core.local import Local, identity_of, is_same
 from ztunnel.core.messages import ConnectionEvent
 
 UNKNOWN: Final = "unknown"
+KEPT_MAX: Final = 4096
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,6 +48,38 @@ class Ends:
     service_host: str = ""
     service_namespace: str = ""
     service_name: str = ""
+
+
+class Descriptions:
+    """`describe`, with what it found kept for as long as World and pods are the same: connections of the same two
+    ends differ only in the client's port, which says nothing about who it is."""
+
+    def __init__(self) -> None:
+        self._world: World | None = None
+        self._local: Local | None = None
+        self._kept: dict[tuple[str, ...], Ends] = {}
+
+    def __len__(self) -> int:
+        return len(self._kept)
+
+    def describe(self, world: World | None, local: Local, event: ConnectionEvent) -> Ends:
+        if world is not self._world or local is not self._local or len(self._kept) >= KEPT_MAX:
+            self._world, self._local = world, local
+            self._kept.clear()
+        key = (
+            event.reporter,
+            event.local,
+            event.service,
+            event.destination,
+            event.destination_address,
+            event.destination_identity,
+            event.source_identity,
+            event.source_address.rpartition(":")[0],
+        )
+        ends = self._kept.get(key)
+        if ends is None:
+            ends = self._kept[key] = describe(world, local, event)
+        return ends
 
 
 def describe(world: World | None, local: Local, event: ConnectionEvent) -> Ends:

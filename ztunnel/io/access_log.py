@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import logging
+from functools import lru_cache
 from typing import Final
 
 from ztunnel.core.attributes import Ends
@@ -79,8 +80,13 @@ def fields(event: ConnectionEvent, ends: Ends) -> dict[str, Value]:
     return found
 
 
+@lru_cache(maxsize=4096)
+def _quoted(text: str) -> str:
+    return json.dumps(text)
+
+
 def _text(key: str, value: Value) -> str:
-    return str(value) if isinstance(value, int) or key in _ADDRESSES else json.dumps(value)
+    return str(value) if isinstance(value, int) or key in _ADDRESSES else _quoted(value)
 
 
 def text_line(event: ConnectionEvent, ends: Ends) -> str:

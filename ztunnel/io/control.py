@@ -30,7 +30,7 @@ from ambient.model.world import Diff, World
 from ambient.node import messages as node
 from ambient.settings import NodeSettings
 from ztunnel.core import dump, explain, messages
-from ztunnel.core.attributes import describe
+from ztunnel.core.attributes import Descriptions, describe
 from ztunnel.core.local import Local
 from ztunnel.core.names import Names
 from ztunnel.core.state import Decisions, Outgoing
@@ -88,6 +88,7 @@ class Control:
             lambda: (self._decisions.world, self._decisions.local),
         )
         self._admin = Admin(settings, self)
+        self._descriptions = Descriptions()
         self._names: Names | None = None
         self._links: dict[int, WorkerLink] = {}
         self._alone = asyncio.Event()
@@ -276,11 +277,11 @@ class Control:
             self._send(serial, message)
 
     def _record(self, serial: int, batch: messages.Events) -> None:
-        world, local = self._decisions.world, self._decisions.local
+        world, local, find = self._decisions.world, self._decisions.local, self._descriptions.describe
         lines: list[str] = []
         for event in batch.events:
             bound = self._metrics.open_connection(serial, event.connection)
-            bound = self._metrics.record(serial, event, bound.ends if bound else describe(world, local, event))
+            bound = self._metrics.record(serial, event, bound.ends if bound else find(world, local, event))
             if event.event != "progress":
                 whole = replace(event, sent=max(bound.sent, event.sent), received=max(bound.received, event.received))
                 line = access_log.line(whole, bound.ends, self._settings.log_format)

@@ -10,6 +10,7 @@ import logging
 import os
 import time
 from collections.abc import Iterable
+from functools import lru_cache
 from typing import Final
 
 from ambient.io.logs import one_line
@@ -30,7 +31,12 @@ STDOUT: Final = 1
 def timestamp(at: float) -> str:
     """RFC 3339 in UTC with microseconds; ``at`` in seconds since the epoch."""
     whole, micro = divmod(round(at * 1_000_000), 1_000_000)
-    return time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(whole)) + f".{micro:06d}Z"
+    return f"{_second(whole)}.{micro:06d}Z"
+
+
+@lru_cache(maxsize=64)
+def _second(whole: int) -> str:
+    return time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(whole))
 
 
 def level_name(level: int) -> str:
