@@ -14,6 +14,8 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
+from ambient.io.ca_files import key_usage
+
 _LIFETIME = timedelta(days=365)
 _SKEW = timedelta(minutes=5)
 
@@ -47,7 +49,7 @@ class Authority:
         builder = (
             self._builder(self._subject, public, now)
             .add_extension(x509.BasicConstraints(ca=True, path_length=0), critical=True)
-            .add_extension(_usage(key_cert_sign=True), critical=True)
+            .add_extension(key_usage(ca=True), critical=True)
             .add_extension(x509.SubjectKeyIdentifier.from_public_key(public), critical=False)
         )
         self.certificate = builder.sign(self._key, hashes.SHA256()).public_bytes(serialization.Encoding.PEM)
@@ -70,7 +72,7 @@ class Authority:
         builder = (
             self._builder(subject, key.public_key(), now)
             .add_extension(x509.BasicConstraints(ca=False, path_length=None), critical=True)
-            .add_extension(_usage(key_cert_sign=False), critical=True)
+            .add_extension(key_usage(ca=False), critical=True)
             .add_extension(x509.ExtendedKeyUsage([use]), critical=False)
             .add_extension(x509.AuthorityKeyIdentifier.from_issuer_public_key(self._key.public_key()), critical=False)
         )
@@ -92,20 +94,6 @@ class Authority:
     def client(self, user: str, groups: Sequence[str], now: datetime) -> Pair:
         """A client certificate: the common name is the user, each organization a group."""
         return self._sign(_name(user, groups), now, ExtendedKeyUsageOID.CLIENT_AUTH, ())
-
-
-def _usage(*, key_cert_sign: bool) -> x509.KeyUsage:
-    return x509.KeyUsage(
-        digital_signature=True,
-        content_commitment=False,
-        key_encipherment=False,
-        data_encipherment=False,
-        key_agreement=False,
-        key_cert_sign=key_cert_sign,
-        crl_sign=key_cert_sign,
-        encipher_only=False,
-        decipher_only=False,
-    )
 
 
 def server_context(pair: Pair, authority: bytes) -> ssl.SSLContext:
