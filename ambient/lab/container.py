@@ -74,7 +74,8 @@ class RunningContainer:
             if time.monotonic() - started > BACKOFF_FORGET_S:
                 backoff_s = BACKOFF_FIRST_S
             with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(self._stopping.wait(), backoff_s)
+                async with asyncio.timeout(backoff_s):
+                    await self._stopping.wait()
             backoff_s = min(backoff_s * 2, BACKOFF_LONGEST_S)
 
     async def stop(self, grace_s: float) -> None:
@@ -90,7 +91,8 @@ class RunningContainer:
             with contextlib.suppress(ProcessLookupError):
                 process.send_signal(signal.SIGTERM)
             with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(process.wait(), grace_s)
+                async with asyncio.timeout(grace_s):
+                    await process.wait()
         await self._kill_rest()
         await process.wait()
 

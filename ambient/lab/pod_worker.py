@@ -143,7 +143,8 @@ class PodWorker:
             except (AmbientError, OSError) as fault:
                 await self._sandbox_failed(fault)
                 with contextlib.suppress(TimeoutError):
-                    await asyncio.wait_for(self._ending.wait(), pause_s)
+                    async with asyncio.timeout(pause_s):
+                        await self._ending.wait()
                 pause_s = min(pause_s * 2, RETRY_LONGEST_S)
             else:
                 self.state.addresses, self.state.sandbox_ready, self.state.message = self._sandbox.addresses, True, ""

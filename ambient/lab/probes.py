@@ -119,7 +119,8 @@ class Prober:
         try:
             process.stdin.write(json.dumps(request | {"id": number}).encode() + b"\n")
             await process.stdin.drain()
-            return await asyncio.wait_for(future, request["timeout"] + 5)
+            async with asyncio.timeout(request["timeout"] + 5):
+                return await future
         except (OSError, TimeoutError) as error:
             return f"the prober does not answer: {error}"
         finally:
