@@ -273,7 +273,7 @@ class Agent:
         """Why not, or the empty string."""
         if not self._pods.operating.is_set():
             return self._problems.get("kernel") or "the kernel programs are being loaded"
-        if not self._pods.synced:
+        if not self._pods.wishes.synced:
             return self._problems.get("api") or "the API server has not told of the pods yet"
         return ""
 
@@ -288,10 +288,10 @@ class Agent:
             "layout": LAYOUT.version,
             "control": {"connected": self._connected, "reason": self._connection, "world": self._world is not None},
             "holder": {"connected": self._holder.connected.is_set()},
-            "api": {"synced": self._pods.synced},
+            "api": {"synced": self._pods.wishes.synced},
             "complete": kernel is not None and kernel.complete,
             "pods": self._pods.status(),
-            "bypass": msgspec.to_builtins(self._pods.bypass()),
+            "bypass": msgspec.to_builtins(self._pods.wishes.bypass()),
             "counters": self._pods.counters
             | {"entries_refused": kernel.refused if kernel else 0}
             | (kernel.same_node.counters if kernel else {}),

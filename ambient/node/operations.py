@@ -24,7 +24,7 @@ def operations(pods: Pods) -> dict[tuple[str, str], Operation]:
         return pods.kernel
 
     async def show_bypass(_: Query) -> dict[str, Any]:
-        bypass = pods.bypass()
+        bypass = pods.wishes.bypass()
         held = pods.kernel.maps.settings if pods.kernel is not None else None
         return {
             **msgspec.to_builtins(bypass),
@@ -36,7 +36,7 @@ def operations(pods: Pods) -> dict[tuple[str, str], Operation]:
         if query.get("on") not in ("0", "1"):
             raise ValueError("on: 0 or 1")
         namespace = query.get("namespace", "")
-        if namespace and query["on"] == "1" and namespace not in pods.namespaces:
+        if namespace and query["on"] == "1" and namespace not in pods.wishes.namespaces:
             raise ValueError(f"namespace {namespace!r} does not exist, as far as this node knows")
         await pods.set_bypass(query["on"] == "1", namespace)
         return await show_bypass(query)

@@ -16,17 +16,17 @@ from typing import Any, Final, Protocol
 from ambient.datapath.entries import LocalPod
 from ambient.errors import AmbientError, PlatformFault
 from ambient.manifest import mesh as words
-from ambient.manifest.acceleration import ACCELERATION, parse
 from ambient.manifest.mesh import Mesh
 from ambient.manifest.objects import Namespace, Pod
-from ambient.manifest.pods import Enrol, Leave, NotEnrolled, addresses_of, enrolment, in_world, workload_uid
+from ambient.manifest.pods import Enrol, Leave, NotEnrolled, addresses_of, in_world, workload_uid
 from ambient.node import enrol, living
 from ambient.node import messages as m
 from ambient.node.holder_client import Handle, HolderClient
 from ambient.node.kernel import Kernel
 from ambient.node.listeners import Refused
 from ambient.node.member import Member, MemberSteps
-from ambient.node.records import Bypass, Record, Records
+from ambient.node.records import Record, Records
+from ambient.node.wishes import Wishes
 from ambient.settings import NodeSettings
 
 AUDIT_S: Final = 30.0
@@ -34,9 +34,6 @@ RETRY_MAX_S: Final = 30.0
 PODS_MAX: Final = 1024
 NOT_ENROLLED: Final = "ambient.mesh/not-enrolled"
 """Annotation of a pod that was asked into the mesh and cannot be in it: ``reason: sentence``."""
-ON_FAILURE: Final = "ambient.mesh/on-failure"
-"""Annotation of a namespace: open or closed (the default)."""
-ISTIO_CNI: Final = ("k8s-app", "istio-cni-node")
 
 log = logging.getLogger(__name__)
 
@@ -73,12 +70,10 @@ class Pods:
         self.holder: HolderClient | None = None
         self.operating = asyncio.Event()
         """Set when what an earlier agent left was taken up: from then on pods are enrolled."""
-        self.synced = False
-        """Whether the API has told of all pods and namespaces once."""
         self.counters: dict[str, int] = {}
-        self.namespaces: dict[str, Namespace] = {}
         self._late: dict[str, Handle] = {}
         self.members: dict[str, Member] = {}
+        self.wishes = Wishes(records, self.members, lambda: self.kernel)
         for record in records.pods.values():
             self.members[record.uid] = self.new_member(record)
 
@@ -232,19 +227,14 @@ class Pods:
             self.kick(member)  # DEL comes, or the look at its namespace finds it gone
 
     def namespace_changed(self, name: str, new: Namespace | None) -> None:
-        old = self.namespaces.get(name)
-        if new is None:
-            self.namespaces.pop(name, None)
-        else:
-            self.namespaces[name] = new
-        if old is None or _asks(old) != _asks(new):
+        if self.wishes.take_namespace(name, new):
             for member in self.members.values():
                 if member.record.namespace == name:
                     self.kick(member)
 
     def api_synced(self) -> None:
         """Everything was told once: what was not told of is gone from the API."""
-        self.synced = True
+        self.wishes.synced = True
         for member in list(self.members.values()):
             if member.api is None and member.record.gone:
                 self.drop(member)
@@ -287,52 +277,9 @@ class Pods:
 
     # --- what is wanted
 
-    def _verdict(self, member: Member) -> Enrol | Leave | NotEnrolled | None:
-        """None: not known (yet), leave everything as it is."""
-        if member.api is None:
-            return Leave() if self.synced and member.state != "enrolled" else None
-        namespace = self.namespaces.get(member.record.namespace)
-        if namespace is None and not self.synced:
-            return None
-        return self.judge(member.api, namespace)
-
-    def judge(self, pod: Pod, namespace: Namespace | None) -> Enrol | Leave | NotEnrolled:
-        verdict = enrolment(pod, namespace)
-        if isinstance(verdict, Enrol) and self._istio_cni_here():
-            return NotEnrolled("istio_cni", "istio-cni runs on this node and owns the label; remove one of the two")
-        return verdict
-
-    def take_on_failure(self, member: Member) -> bool:
-        """Note what the pod's namespace asks for when the agent fails. True if that is something else than before."""
-        namespace = self.namespaces.get(member.record.namespace)
-        if namespace is None:
-            return False
-        wanted = namespace.annotations.get(ON_FAILURE) == "open"
-        changed, member.record.open_on_failure = wanted != member.record.open_on_failure, wanted
-        return changed
-
-    def take_acceleration(self, member: Member, namespace: Namespace | None = None) -> bool:
-        """Note what pod and namespace ask for within the node. True if that is something else than before."""
-        namespace = self.namespaces.get(member.record.namespace, namespace)
-        before = member.acceleration
-        if member.api is not None and namespace is not None:
-            wanted, problem = parse(member.api.annotations, namespace.annotations)
-            if problem and problem != member.acceleration_problem:
-                log.warning("pod %s: %s", member.title, problem)
-            member.record.acceleration, member.acceleration_problem = wanted.value, problem
-        member.auto_redirect = self.kernel is not None and self.kernel.auto_redirect
-        return member.acceleration is not before
-
-    def bypass(self) -> Bypass:
-        """What an operator switched off; where nobody ever said anything, what the kernel holds."""
-        known = self.records.bypass
-        if known is None:
-            return Bypass(node=self.kernel is not None and self.kernel.bypassed)
-        return known
-
     async def set_bypass(self, on: bool, namespace: str) -> None:
         """Switch capture off or on again, at once, for the node or (``namespace``) for its pods there. Remembered."""
-        self.records.bypass = self.bypass().switched(on, namespace)
+        self.records.bypass = self.wishes.bypass().switched(on, namespace)
         where = f"namespace {namespace}" if namespace else "this node"
         log.warning("capture of %s: %s by the operator", where, "switched off" if on else "back to normal")
         self.records.save()
@@ -345,22 +292,9 @@ class Pods:
         if self.records.bypass is not None and self.kernel.bypassed != self.records.bypass.node:
             self.kernel.set_bypass(self.records.bypass.node)
         for member in self.members.values():
-            if self.take_bypass(member) and member.state == "enrolled":
+            if self.wishes.take_bypass(member) and member.state == "enrolled":
                 await self.steps(member).put_enrolled()
         self.addresses_changed()
-
-    def take_bypass(self, member: Member) -> bool:
-        """Note whether the pod's namespace is bypassed. True if that is something else than before."""
-        wanted = member.record.namespace in self.bypass().namespaces
-        changed, member.record.bypass = wanted != member.record.bypass, wanted
-        return changed
-
-    def _istio_cni_here(self) -> bool:
-        key, value = ISTIO_CNI
-        return any(
-            x.api is not None and x.api.labels.get(key) == value and x.api.status.phase == "Running"
-            for x in self.members.values()
-        )
 
     # --- one pod at a time
 
@@ -413,7 +347,7 @@ class Pods:
             await self._forget(member)
             self.drop(member)
             return
-        match self._verdict(member):
+        match self.wishes.verdict(member):
             case None:
                 return
             case Enrol():
@@ -434,7 +368,7 @@ class Pods:
             return
         try:
             self.check(member)
-            changed = self.take_on_failure(member) | self.take_bypass(member) | self.take_acceleration(member)
+            changed = self.wishes.take_all(member)
             if member.state != "enrolled" or member.handle is None or not member.handed:
                 await self.join(member)
             elif changed:
@@ -508,12 +442,12 @@ class Pods:
             addresses_changed=self.addresses_changed,
             annotate=self._annotate,
             acknowledged=self._acknowledged,
-            wanted_back=lambda x: isinstance(self._verdict(x), Enrol),
+            wanted_back=lambda x: isinstance(self.wishes.verdict(x), Enrol),
         )
 
     def _ended(self, member: Member) -> bool:
         """Whether the API says that there is no such pod."""
-        return member.api is None and self.synced
+        return member.api is None and self.wishes.synced
 
     async def audit(self) -> None:
         """Look at every living pod again, for ever: what was fine may forward packets by now."""
@@ -561,11 +495,3 @@ class Pods:
         if member.task is not None and not member.task.done():
             member.task.cancel()
             await asyncio.gather(member.task, return_exceptions=True)
-
-
-def _asks(namespace: Namespace | None) -> tuple[str, ...]:
-    """What of a namespace matters here."""
-    if namespace is None:
-        return ()
-    asked = (namespace.annotations.get(name, "") for name in (ON_FAILURE, ACCELERATION))
-    return (namespace.labels.get(words.DATAPLANE_MODE, ""), *asked)

@@ -64,7 +64,7 @@ class Sandboxes:
         if not request.of_a_pod or request.pod_namespace in SYSTEM_NAMESPACES:
             return cni.done(request)
         pod, namespace = await self._look_up(request)
-        verdict = self._pods.judge(pod, namespace)
+        verdict = self._pods.wishes.judge(pod, namespace)
         if isinstance(verdict, Enrol) and not await self._started():
             return cni.error(
                 request.version, cni.TRY_AGAIN_LATER, "the ambient agent is not ready yet; see its /status"
@@ -95,9 +95,7 @@ class Sandboxes:
             record.netns_path, record.netns_inode = request.netns, os.stat(request.netns).st_ino
             record.addresses, record.gone, record.in_mesh = addresses, False, False
             record.generation = self._pods.records.next_generation(time.time_ns())
-            self._pods.take_on_failure(member)
-            self._pods.take_bypass(member)
-            self._pods.take_acceleration(member, namespace)
+            self._pods.wishes.take_all(member, namespace)
             self._pods.addresses_changed()
             if isinstance(verdict, Enrol):
                 return await self._add_to_mesh(request, member)
@@ -136,7 +134,7 @@ class Sandboxes:
         mirror = pod.annotations.get("kubernetes.io/config.mirror")
         if request.pod_uid and request.pod_uid not in (pod.metadata.uid, mirror):
             raise PlatformFault(f"pod {pod.key} has another UID by now ({pod.metadata.uid})")
-        namespace = self._pods.namespaces.get(pod.namespace) or await self._pods.api.namespace(pod.namespace)
+        namespace = self._pods.wishes.namespaces.get(pod.namespace) or await self._pods.api.namespace(pod.namespace)
         if namespace is None:
             raise PlatformFault(f"namespace {pod.namespace} is not in the API")
         return pod, namespace
@@ -159,7 +157,7 @@ class Sandboxes:
         await self._pods.interrupt(member)
         async with member.lock:
             await self._pods.forget_or_release(member)
-        if member.api is None and self._pods.synced:
+        if member.api is None and self._pods.wishes.synced:
             self._pods.drop(member)
         return cni.done(request)
 

@@ -11,7 +11,7 @@ from ambient.datapath.layout import LAYOUT
 from ambient.io.bpf_maps import Maps
 from ambient.lab.driver import eventually
 from ambient.manifest.acceleration import ACCELERATION
-from ambient.node.pods import ON_FAILURE
+from ambient.node.wishes import ON_FAILURE
 from tests.support.mesh import Mesh, pod, service
 from tests.support.require import require
 
