@@ -7,10 +7,7 @@ Objects handed out are the stored ones: do not change them, use `modify`.
 
 from __future__ import annotations
 
-import base64
-import binascii
 import copy
-import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta
@@ -18,7 +15,9 @@ from datetime import datetime, timedelta
 from ambient.lab.apiserver import schema
 from ambient.lab.apiserver.allocate import ServiceAllocator
 from ambient.lab.apiserver.defaults import apply_defaults, initial_status
+from ambient.lab.apiserver.definitions import established
 from ambient.lab.apiserver.history import History, Key
+from ambient.lab.apiserver.pages import Page, first_page, read_token
 from ambient.lab.apiserver.schema import Kind, Registry, kind_of_definition
 from ambient.lab.apiserver.selectors import Matcher
 from ambient.lab.apiserver.shapes import shaped
@@ -29,7 +28,6 @@ from ambient.lab.apiserver.status import (
     already_exists,
     bad_request,
     conflict,
-    expired,
     forbidden,
     invalid,
     invalid_value,
@@ -49,16 +47,6 @@ def timestamp(moment: datetime) -> str:
 
 def parse_timestamp(text: str) -> datetime:
     return datetime.fromisoformat(text.replace("Z", "+00:00"))
-
-
-@dataclass(frozen=True, slots=True)
-class Page:
-    """One page of a list, as of ``version``. ``next`` is the continue token, empty on the last page."""
-
-    items: list[JsonObject]
-    version: int
-    next: str = ""
-    remaining: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -134,17 +122,13 @@ class Store:
         """
         start: Key = ("", "")
         if token:
-            version, start = _read_token(token)
+            version, start = read_token(token)
         at = self.history.version if version is None else version
         items = []
         for key, obj in self.history.snapshot(kind.resource, at):
             if key > start and (not namespace or key[0] == namespace) and (matches is None or matches(obj)):
                 items.append((key, obj))
-        if not limit or len(items) <= limit:
-            return Page([obj for _, obj in items], at)
-        kept = items[:limit]
-        remaining = len(items) - limit if matches is None else None
-        return Page([obj for _, obj in kept], at, _write_token(at, kept[-1][0]), remaining)
+        return first_page(items, at, limit, counted=matches is None)
 
     # --- writing ----------------------------------------------------------------------------------------
 
@@ -465,27 +449,8 @@ class Store:
     def _define(self, definition: JsonObject) -> None:
         """Serve what a definition describes, and say so on its status as the real server does."""
         self.registry.define(kind_of_definition(definition))
-        status = definition.get("status", {})
-        if status.get("conditions"):
-            return
-        names = definition["spec"]["names"]
-        moment = timestamp(self.now)
-        conditions = [
-            {"type": "NamesAccepted", "status": "True", "reason": "NoConflicts", "message": "no conflicts found"},
-            {
-                "type": "Established",
-                "status": "True",
-                "reason": "InitialNamesAccepted",
-                "message": "the initial names have been accepted",
-            },
-        ]
-        mine = copy.deepcopy(definition)
-        mine["status"] = {
-            "acceptedNames": {"listKind": names["kind"] + "List", "singular": names["kind"].lower(), **names},
-            "conditions": [{**condition, "lastTransitionTime": moment} for condition in conditions],
-            "storedVersions": [v["name"] for v in definition["spec"]["versions"] if v.get("storage")],
-        }
-        self._commit(schema.DEFINITION, mine, dry_run=False)
+        if not definition.get("status", {}).get("conditions"):
+            self._commit(schema.DEFINITION, established(definition, timestamp(self.now)), dry_run=False)
 
 
 def _doomed(obj: JsonObject) -> bool:
@@ -499,16 +464,3 @@ def _graceful(obj: JsonObject) -> bool:
 
 def _content(obj: JsonObject) -> JsonObject:
     return {key: value for key, value in obj.items() if key not in ("metadata", "status")}
-
-
-def _write_token(version: int, key: Key) -> str:
-    return base64.urlsafe_b64encode(json.dumps({"v": version, "start": key}).encode()).decode()
-
-
-def _read_token(token: str) -> tuple[int, Key]:
-    try:
-        value = json.loads(base64.urlsafe_b64decode(token.encode()))
-        namespace, name = value["start"]
-        return int(value["v"]), (str(namespace), str(name))
-    except (binascii.Error, ValueError, TypeError, KeyError):
-        raise expired("continue key is not valid: start the list again without it") from None
