@@ -135,6 +135,9 @@ def test_the_path_within_a_node_is_foretold_and_taken(mesh: Mesh, shop: str) -> 
     _, rows = why(mesh, f"{shop}/a", "c:80")
     assert any(r["step"] == "same node" and "acceleration_off" in r["result"] for r in rows)
     assert taken(mesh, shop, vip, 80) == "ztunnel"
+    able = "can_redirect" in mesh.agent("node1")["acceleration"]["kernel"]
+    mesh.kubectl("annotate", "namespace", shop, "ambient.mesh/acceleration=redirect", "--overwrite")
+    eventually(lambda: foretold("redirect" if able else "direct"), 10, "the annotation to be heeded")
     mesh.kubectl("annotate", "namespace", shop, "ambient.mesh/acceleration-")
     eventually(lambda: foretold("direct"), 10, "the kernel path again")
     mesh.apply(shop, authorization("no-a", "DENY", "c", f"cluster.local/ns/{shop}/sa/a"))
