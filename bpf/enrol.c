@@ -8,7 +8,7 @@
 #define TC_NEXT -1 /* TC_ACT_UNSPEC and TCX_NEXT: what else is attached decides */
 
 static __always_inline void look(struct __sk_buff *skb, struct tuple_key *key, struct flow_end *end,
-				 struct bpf_sock_tuple *tuple, __u32 length, __u64 now)
+				 const struct flow_end *other, struct bpf_sock_tuple *tuple, __u32 length, __u64 now)
 {
 	struct bpf_sock *sk;
 	__u64 sock;
@@ -31,7 +31,7 @@ static __always_inline void look(struct __sk_buff *skb, struct tuple_key *key, s
 	}
 	consumed = read32(sock, OFF_TCP_COPIED_SEQ);
 	if (file != FILE_NONBLOCKING) {
-		end->sighting &= ~END_NONBLOCK;
+		end->sighting &= ~(END_NONBLOCK | END_READY);
 	} else if (!(end->sighting & END_NONBLOCK)) {
 		end->sighting |= END_NONBLOCK;
 		end->seen_seq = consumed;
@@ -45,6 +45,10 @@ static __always_inline void look(struct __sk_buff *skb, struct tuple_key *key, s
 
 		/* Of an earlier connection: it may hold what it never read of that one. */
 		if (mark)
+			goto out;
+		/* Both or none: alone in a sockhash it would pay for each message and gain nothing. */
+		end->sighting |= END_READY;
+		if (!(other->sighting & END_READY))
 			goto out;
 		mark = hashed.sk_storage_get(sk, 0, BPF_SK_STORAGE_GET_F_CREATE);
 		if (!mark)
@@ -70,7 +74,7 @@ int enrol(struct __sk_buff *skb)
 	struct tuple_key own = {}, theirs;
 	struct settings_value *settings;
 	struct flow_value *flow;
-	struct flow_end *end;
+	struct flow_end *end, *other;
 	__u32 length;
 	__u64 now;
 
@@ -81,25 +85,31 @@ int enrol(struct __sk_buff *skb)
 	flow = flows.lookup(&own);
 	if (flow) {
 		end = &flow->server;
+		other = &flow->client;
 	} else {
 		flow = flows.lookup(&theirs);
 		if (!flow)
 			return TC_NEXT;
 		end = &flow->client;
+		other = &flow->server;
 	}
-	if (flow->acceleration != ACCELERATION_REDIRECT || end->sighting & (END_INSERTED | END_ZEROCOPY | END_EDGE) ||
-	    end->lookups >= LOOKS_MAX || !end->cookie)
+	if (flow->acceleration != ACCELERATION_REDIRECT || end->sighting & END_INSERTED ||
+	    (end->sighting | other->sighting) & (END_ZEROCOPY | END_EDGE) || end->lookups >= LOOKS_MAX || !end->cookie)
 		return TC_NEXT;
 	now = bpf_ktime_get_ns();
-	if (end->lookups >= LOOKS_AT_ONCE && now - end->seen_ns < LOOK_NS)
+	if (end->sighting & END_READY) {
+		if (!(other->sighting & END_READY))
+			return TC_NEXT; /* until then there is nothing to look for */
+	} else if (end->lookups >= LOOKS_AT_ONCE && now - end->seen_ns < LOOK_NS) {
 		return TC_NEXT;
+	}
 	settings = current_settings();
 	if (!settings || !(settings->acceleration & CAN_REDIRECT) || settings->acceleration & DRAINING)
 		return TC_NEXT;
 	/* The compiler must see both lengths as constants. */
 	if (length == sizeof(tuple.ipv4))
-		look(skb, &own, end, &tuple, sizeof(tuple.ipv4), now);
+		look(skb, &own, end, other, &tuple, sizeof(tuple.ipv4), now);
 	else
-		look(skb, &own, end, &tuple, sizeof(tuple.ipv6), now);
+		look(skb, &own, end, other, &tuple, sizeof(tuple.ipv6), now);
 	return TC_NEXT;
 }

@@ -96,8 +96,9 @@ class TestEveryByteInOrder:
     @pytest.mark.parametrize(("dial", "serve"), [("b", "b"), ("n", "b"), ("b", "n")])
     def test_blocking_applications_stay_native_and_never_see_eagain(self, node, duplex, dial, serve, high):
         node.reset(acceleration=CAN, high_bytes=high)
+        counted = node.counted()
         done = duplex.run(dial=dial, serve=serve, pause_us=500)
-        assert done.redirected == 0
+        assert done.redirected == counted("redirect_inserted") == 0
         assert done.client["again_blocking"] == done.server["again_blocking"] == 0
 
     @at_several_bounds
@@ -105,7 +106,7 @@ class TestEveryByteInOrder:
     def test_an_application_that_turns_blocking_half_way(self, node, duplex, dial, serve, high):
         node.reset(acceleration=CAN, high_bytes=high)
         counted = node.counted()
-        done = duplex.run(dial=dial, serve=serve, total=2_000_000)
+        done = duplex.run(dial=dial, serve=serve, total=4_000_000)
         assert done.redirected > 0
         assert counted("redirect_blocking") >= 1
 
@@ -128,16 +129,17 @@ class TestEveryByteInOrder:
     @pytest.mark.parametrize(("dial", "serve"), [("e", "e"), ("e", "n"), ("n", "e")])
     def test_edge_triggered_readers_that_take_a_short_read_for_empty_never_hang(self, node, duplex, dial, serve):
         """Native bytes behind redirected ones would come without an event, and FIONREAD might not count native ones:
-        who waits for edges never enters the hash, so both directions stay native."""
+        who waits for edges never enters the hash, and neither does the other end, for which it would only be dear."""
         node.reset(acceleration=CAN, high_bytes=8192)
         counted = node.counted()
         done = duplex.run(dial=dial, serve=serve, pause_us=1000, total=2_000_000)
-        assert counted("redirect_edge") == len(done.flows) * (dial + serve).count("e")
-        assert done.redirected == 0
+        assert done.redirected == counted("redirect_inserted") == 0
         for event in done.flows:
-            for mode, end in ((dial, event.value.client), (serve, event.value.server)):
-                assert bool(end.sighting & LAYOUT["END_EDGE"]) is (mode == "e")
-                assert bool(end.sighting & LAYOUT["END_INSERTED"]) is (mode != "e")
+            ends = ((dial, event.value.client), (serve, event.value.server))
+            assert not any(end.sighting & LAYOUT["END_INSERTED"] for _, end in ends)
+            found = [mode for mode, end in ends if end.sighting & LAYOUT["END_EDGE"]]
+            assert found in (["e"], ["e", "e"])  # one suffices, and is looked for no longer
+        assert counted("redirect_edge") >= len(done.flows)
 
     @at_several_bounds
     def test_writes_before_accept(self, node, duplex, high):
