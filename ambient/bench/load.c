@@ -1,6 +1,6 @@
 /* load.c - the load generator of `ambient bench`, where no established one fits.
  *
- *   load serve PORT                           echo, sink and one-byte answers, in one thread
+ *   load serve PORT                           echo, sink, one-byte answers and HTTP, in one thread
  *   load rtt HOST PORT BYTES SECONDS          one connection, one message in flight: p50, p99
  *   load stream HOST PORT BYTES SECONDS       one connection, writes of BYTES, until the server has read them all
  *   load connect HOST PORT COUNT SECONDS      COUNT connections being made at any time; the server closes each
@@ -11,7 +11,8 @@
  *
  * A connection begins with eight bytes from the client: what ('E', 'S' or 'C'), three zeros, and the size of a message in
  * the machine's byte order. A stream begins with WARM bytes that are echoed one by one, as a protocol that greets does (only
- * sockets whose application has read something are redirected), is zeros from there on, and ends with a one.
+ * sockets whose application has read something are redirected), is zeros from there on, and ends with a one. What begins
+ * with a G instead is HTTP: each empty line is answered with ten bytes, as nginx is told to.
  */
 #define _GNU_SOURCE
 #include <arpa/inet.h>
@@ -35,6 +36,8 @@
 #define MESSAGE_MAX (1 << 20)
 #define CONNECTIONS_MAX 16384
 #define WARM 64
+#define ANSWER "HTTP/1.1 200 OK\r\nServer: load\r\nContent-Type: text/plain\r\nContent-Length: 10\r\n\r\n0123456789"
+#define ANSWERS_MAX 64
 #define STALL_S 20 /* without any progress for so long a client gives up */
 
 struct header {
@@ -99,6 +102,7 @@ struct served {
 	uint32_t written;
 	uint64_t total;
 	int open, headed, waiting; /* for room to write */
+	int matched;               /* characters of an empty line */
 	uint8_t *buffer;
 };
 
@@ -107,6 +111,24 @@ static void end(struct served *all, int fd)
 	free(all[fd].buffer);
 	memset(&all[fd], 0, sizeof(all[fd]));
 	close(fd);
+}
+
+/* Owe an answer for each request that ends in these bytes; returns 0 if there are too many. */
+static int answer(struct served *it, const uint8_t *data, ssize_t length)
+{
+	static const char empty[] = "\r\n\r\n";
+
+	for (ssize_t index = 0; index < length; index++) {
+		it->matched = data[index] == empty[it->matched] ? it->matched + 1 : data[index] == '\r';
+		if (it->matched < 4)
+			continue;
+		it->matched = 0;
+		if (it->owed + sizeof(ANSWER) > ANSWERS_MAX * sizeof(ANSWER))
+			return 0;
+		memcpy(it->buffer + it->owed, ANSWER, sizeof(ANSWER) - 1);
+		it->owed += sizeof(ANSWER) - 1;
+	}
+	return 1;
 }
 
 /* Returns 0 when the connection is done. */
@@ -134,6 +156,8 @@ static int serve_one(struct served *it, int fd, uint8_t *sink)
 				continue;
 			it->headed = 1;
 			it->have = 0;
+			if (it->header.what == 'G')
+				it->header.size = ANSWERS_MAX * sizeof(ANSWER);
 			if (it->header.size > MESSAGE_MAX)
 				return 0;
 			it->buffer = calloc(1, it->header.size + 8);
@@ -141,6 +165,14 @@ static int serve_one(struct served *it, int fd, uint8_t *sink)
 				return 0;
 			if (it->header.what == 'C')
 				it->owed = 1;
+			continue;
+		}
+		if (it->header.what == 'G') {
+			n = recv(fd, sink, 4096, 0);
+			if (n <= 0)
+				return n < 0 && errno == EAGAIN;
+			if (!answer(it, sink, n))
+				return 0;
 			continue;
 		}
 		if (it->header.what == 'S') {

@@ -70,7 +70,7 @@ class Site:
 def measure(site: Site, work: Work, seconds: float) -> Values:
     """Raises PlatformFault if the work failed or its connections took another path than they should."""
     before, cpu = site.counters(), usage.cpu_s(site.cgroups)
-    values = _http(site, work, seconds) if work.kind == "http" else _load(site, work, seconds)
+    values = _http(site, work, seconds) if work.kind.startswith("http") else _load(site, work, seconds)
     spent = usage.cpu_s(site.cgroups) - cpu
     count = values.get("count", 0.0)
     if count:
@@ -130,7 +130,7 @@ def converse(process: subprocess.Popen[str], seconds: float, look: Callable[[], 
 
 
 def _http(site: Site, work: Work, seconds: float) -> Values:
-    host, port = site.target(HTTP_PORT)
+    host, port = site.target(HTTP_PORT if work.kind == "http" else LOAD_PORT)
     threads = 1 if work.number == 1 else 2
     options = (f"-t{threads}", f"-c{work.number}", f"-d{max(1, round(seconds))}s", "--latency", "--timeout", "10s")
     process = site.start("wrk", *options, f"http://{host}:{port}/")

@@ -53,7 +53,8 @@ class Metric:
 
 @dataclass(frozen=True, slots=True)
 class Work:
-    """``kind`` is a word of load.c or ``http``; ``number`` its size or its connections."""
+    """``kind`` is a word of load.c, or ``http`` (nginx answers) or ``http_level`` (load.c does); ``number`` is its size
+    or its connections."""
 
     name: str
     title: str
@@ -81,6 +82,7 @@ WORKS: Final = (
     Work("connect_1", "new connections, one by one", "connect", 1, (Metric("connect_p50_us", "us", True),)),
     Work("http_1", "HTTP, 1 connection", "http", 1, _HTTP),
     Work("http_32", "HTTP, 32 connections", "http", 32, _HTTP),
+    Work("http_32_level", "HTTP, 32 connections, level-triggered server", "http_level", 32, _HTTP),
     Work("http_256", "HTTP, 256 connections", "http", 256, _HTTP),
 )
 MEMORY: Final = "memory"
