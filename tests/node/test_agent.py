@@ -7,6 +7,7 @@ same at the end of every test that changes its membership.
 from __future__ import annotations
 
 import asyncio
+import json
 import os
 import signal
 import socket
@@ -21,7 +22,9 @@ import pytest_asyncio
 
 from ambient.datapath.entries import ENROLLED, LOCAL, OPEN
 from ambient.datapath.layout import LAYOUT
+from ambient.datapath.values import EnrolledValue, ListenerKey
 from ambient.io import bpf_links
+from ambient.io.bpf_sys import BpfFault
 from ambient.manifest.kinds import NAMESPACE, POD
 from ambient.manifest.mesh import REDIRECTION
 from ambient.model.address import parse_ip
@@ -309,6 +312,34 @@ async def test_without_an_agent_add_fails_and_del_succeeds(node: RealNode) -> No
     assert code == 0
     await gone(node, pod, sandbox)
     await gone(node, living, home)
+
+
+@pytest.mark.parametrize("name", ["enrolled", "listeners"])
+async def test_a_pod_for_which_a_map_has_no_room_is_refused_with_the_reason(node: RealNode, name: str) -> None:
+    before, neighbour = await added(node, f"before-{name}")
+    pod = await node.pod(f"late-{name}", "shop")
+    sandbox = node.sandbox(pod, address())
+    with node.maps() as maps, socket.create_server(("127.0.0.1", 0)) as listener:
+        table = maps.tables[name]
+        key, value = (
+            (lambda n: (n << 40).to_bytes(8, "little"), EnrolledValue("10.77.9.9", "", 4_000_000).encode())
+            if name == "enrolled"
+            else (lambda n: ListenerKey(f"fd00:99::{n:x}", 1).encode(), listener.fileno().to_bytes(8, "little"))
+        )
+        with pytest.raises(BpfFault, match=rf"map {name}"):
+            for number in range(1, table.info.max_entries + 1):
+                table.update(key(number), value)
+        code, result = await node.cni("ADD", pod, sandbox)
+        assert code != 0 and f"map {name}" in json.dumps(result), result
+        assert node.traces(sandbox.addresses, pod.metadata.uid) == []
+        assert neighbour.dial("10.77.200.1", 80) == str(node.pid("ztunnel")), "others are captured as before"
+        table.delete_many(
+            [raw for n in range(1, table.info.max_entries + 1) if table.lookup(raw := key(n)) is not None]
+        )
+    code, result = await node.cni("ADD", pod, sandbox)
+    assert code == 0, result
+    await gone(node, pod, sandbox)
+    await gone(node, before, neighbour)
 
 
 async def test_an_application_on_a_mesh_port_is_refused_with_a_reason(node: RealNode) -> None:
