@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -75,6 +75,15 @@ def redirected(flows: dict[TupleKey, FlowValue]) -> int:
     return sum(flow.client.redirect_bytes + flow.server.redirect_bytes for flow in flows.values())
 
 
+def report(flows: dict[TupleKey, FlowValue], record_property: Callable[[str, object], None]) -> int:
+    """Tell how many bytes took which way; those that were redirected."""
+    count = redirected(flows)
+    for name, value in (("redirected", count), ("native", 2 * FLOWS * TOTAL - count)):
+        record_property(f"{name}_bytes", value)
+        print(f"{name}: {value} bytes")
+    return count
+
+
 def kernel_flows(exchange: Exchange) -> dict[TupleKey, FlowValue]:
     """Once the World knows both pods their connections take the kernel's path."""
     found: dict[TupleKey, FlowValue] = {}
@@ -90,30 +99,32 @@ def kernel_flows(exchange: Exchange) -> dict[TupleKey, FlowValue]:
 
 @pytest.mark.parametrize("pair", ["redirect"], indirect=True)
 def test_bytes_of_non_blocking_applications_are_redirected_and_exact(
-    mesh: Mesh, maps: Maps, pair: str, duplex: str
+    mesh: Mesh, maps: Maps, pair: str, duplex: str, record_property: Callable[[str, object], None]
 ) -> None:
     eventually(
         lambda: bool(mesh.agent("node1")["acceleration"]["kernel"]), 5, "the agent to say what the kernel can do"
     )
     flows = kernel_flows(Exchange(mesh, maps, pair, duplex, "n", 7001))
     assert {flow.acceleration for flow in flows.values()} == {LAYOUT["ACCELERATION_REDIRECT"]}
-    assert redirected(flows) > FLOWS * TOTAL // 10
+    assert report(flows, record_property) > FLOWS * TOTAL // 10
     eventually(lambda: not len(maps.flows), 10, "the flows to end")
     eventually(lambda: not maps.sockets.keys(), 10, "the sockets to leave")
 
 
 @pytest.mark.parametrize("pair", ["redirect"], indirect=True)
-def test_blocking_applications_stay_native_and_exact(mesh: Mesh, maps: Maps, pair: str, duplex: str) -> None:
+def test_blocking_applications_stay_native_and_exact(
+    mesh: Mesh, maps: Maps, pair: str, duplex: str, record_property: Callable[[str, object], None]
+) -> None:
     flows = kernel_flows(Exchange(mesh, maps, pair, duplex, "b", 7002))
-    assert redirected(flows) == 0
+    assert report(flows, record_property) == 0
     assert not any(end.sighting for flow in flows.values() for end in (flow.client, flow.server))
 
 
 @pytest.mark.parametrize("pair", ["direct", "auto"], indirect=True)
 def test_direct_and_auto_are_native_where_splice_cannot_see_redirected_bytes(
-    mesh: Mesh, maps: Maps, pair: str, duplex: str
+    mesh: Mesh, maps: Maps, pair: str, duplex: str, record_property: Callable[[str, object], None]
 ) -> None:
     redirects = "auto_redirect" in mesh.agent("node1")["acceleration"]["kernel"]
     flows = kernel_flows(Exchange(mesh, maps, pair, duplex, "n", 7003))
     wants_direct = mesh.get("pod", "a", "-n", pair)["metadata"]["annotations"][ACCELERATION] == "direct"
-    assert (redirected(flows) > 0) is (redirects and not wants_direct)
+    assert (report(flows, record_property) > 0) is (redirects and not wants_direct)
