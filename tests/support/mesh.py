@@ -96,6 +96,12 @@ STRICT = {
 class Mesh(Driver):
     """The driver of the session's lab, with what tests say often."""
 
+    def up(self, files: Sequence[str | Path], *options: str, echo: bool = False) -> None:
+        """Ready when every agent is: on a busy machine that takes longer than the lab's own patience."""
+        super().up(files, *options, echo=echo)
+        for node in self.lab.plans():
+            eventually(lambda n=node.name: self.agent(n)["ready"], 120, f"the agent of {node.name}")
+
     @contextmanager
     def namespace(self, *objects: Mapping[str, Any], enrolled: bool = True) -> Iterator[str]:
         """Create the objects in a fresh namespace, wait until its pods are ready (and enrolled), remove it after."""
