@@ -10,6 +10,24 @@ static __always_inline void follow_state(struct bpf_sock_ops *ctx)
 	bpf_sock_ops_cb_flags_set(ctx, ctx->bpf_sock_ops_cb_flags | BPF_SOCK_OPS_STATE_CB_FLAG);
 }
 
+#define LEVEL_TCP 6
+#define OPTION_CONGESTION 13
+#define NAME_BBR 0x726262ULL    /* "bbr", whatever follows */
+#define NAME_RENO 0x6f6e6572ULL /* "reno" */
+
+/* Between an application and ztunnel there is no network to spare. Where the node's congestion control paces, the kernel
+ * would start a timer for every few segments, and take a busy CPU for a slow path. Before the SYN leaves, or before
+ * the accepted socket begins: pacing that has begun does not end. */
+static __always_inline void unpace(struct bpf_sock_ops *ctx)
+{
+	__u64 name = 0;
+
+	if (bpf_getsockopt(ctx, LEVEL_TCP, OPTION_CONGESTION, &name, sizeof(name)) || (name & 0xffffff) != NAME_BBR)
+		return;
+	name = NAME_RENO;
+	bpf_setsockopt(ctx, LEVEL_TCP, OPTION_CONGESTION, &name, 5);
+}
+
 /* The same connection seen from its other end. */
 static __always_inline struct tuple_key other_end(const struct tuple_key *key)
 {
@@ -58,6 +76,7 @@ static __always_inline void write_redirect(struct bpf_sock_ops *ctx, struct pend
 	kept->client_port = own->local_port;
 	kept->state = PENDING_COUNTED;
 	follow_state(ctx);
+	unpace(ctx);
 }
 
 static __always_inline void write_authorized(struct bpf_sock_ops *ctx, struct pending_value *kept, const struct tuple_key *own)
@@ -260,6 +279,8 @@ static __always_inline void accepting(struct bpf_sock_ops *ctx, struct bpf_sock 
 		}
 		authorized.delete((struct tuple_key *)own);
 	} else if (entry && (entry->reason == REASON_ZTUNNEL ? is_here(entry->netns, netns) : is_destination(entry, netns))) {
+		if (entry->reason == REASON_ZTUNNEL)
+			unpace(ctx);
 		authorized.delete((struct tuple_key *)own);
 	}
 	origin = origins.lookup((struct tuple_key *)own);
