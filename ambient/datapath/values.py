@@ -12,7 +12,7 @@ import struct
 from dataclasses import dataclass, fields
 from functools import lru_cache
 from ipaddress import IPv6Address
-from typing import Any, ClassVar, Final, Self
+from typing import Any, ClassVar, Final, NamedTuple, Self
 
 from ambient.datapath.layout import LAYOUT
 from ambient.model.address import packed16, parse_ip
@@ -20,6 +20,24 @@ from ambient.model.address import packed16, parse_ip
 _NO_ADDRESS: Final = bytes(16)
 _MAPPED: Final = bytes(10) + b"\xff\xff"
 _CODES: Final = {"__u8": "B", "__u16": "H", "__u32": "I", "__u64": "Q"}
+
+
+class Admission(NamedTuple):
+    """One connection of ztunnel's that is to be let into a pod, and the client that the application shall see.
+
+    ``local`` is the pod's side (where the application listens), ``remote`` the address and port ztunnel's socket is
+    bound to, ``netns`` the cookie of the pod's namespace. ``client`` empty shows ``remote`` itself.
+    """
+
+    local: str
+    local_port: int
+    remote: str
+    remote_port: int
+    workload: int = 0
+    generation: int = 0
+    client: str = ""
+    client_port: int = 0
+    netns: int = 0
 
 
 @lru_cache(maxsize=4096)

@@ -288,27 +288,14 @@ class Maps:
         raw = self._redirects.take(cookie.to_bytes(8, "little") + bytes(32))
         return None if raw is None else v.RedirectValue.decode(raw)
 
-    def authorize_delivery(
-        self,
-        local: str,
-        local_port: int,
-        remote: str,
-        remote_port: int,
-        *,
-        workload: int,
-        generation: int = 0,
-        client: str = "",
-        client_port: int = 0,
-        netns: int = 0,
-    ) -> None:
+    def authorize_delivery(self, admission: v.Admission) -> None:
         """Let one connection of ztunnel's into a pod, and show the application another client.
 
-        ``local`` is the pod's side (where the application listens), ``remote`` the address and port ztunnel's
-        socket is bound to, ``netns`` the cookie of the pod's namespace. ``client`` empty shows ``remote`` itself.
         Both entries or none; BpfFault if full, or with EEXIST if the application still has a connection with these
         ports: take another port. Call `withdraw_delivery` if the connection does not come about, and only if this
         succeeded.
         """
+        local, local_port, remote, remote_port, workload, generation, client, client_port, netns = admission
         key = v.TupleKey(local, remote, local_port, remote_port).encode()
         now = time.monotonic_ns()
         if client:
@@ -322,8 +309,9 @@ class Maps:
                 self.tables["origins"].delete(key)
             raise
 
-    def withdraw_delivery(self, local: str, local_port: int, remote: str, remote_port: int) -> None:
+    def withdraw_delivery(self, admission: v.Admission) -> None:
         """Take back what `authorize_delivery` wrote. Entries that are gone already are fine."""
+        local, local_port, remote, remote_port = admission[:4]
         key = v.TupleKey(local, remote, local_port, remote_port).encode()
         self.tables["authorized"].delete(key)
         self.tables["origins"].delete(key)

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from ambient.datapath.layout import LAYOUT
-from ambient.datapath.values import AuthorizedValue, OriginValue, TupleKey, WorkloadValue
+from ambient.datapath.values import Admission, AuthorizedValue, OriginValue, TupleKey, WorkloadValue
 from ambient.io import bpf_links, cgroup, netns
 from ambient.io.bpf_sys import BpfFault
 from tests.support.netlab import run_ip, until
@@ -28,7 +28,7 @@ def deliver(node, pod, *, family=INET, client="10.7.7.7", client_port=4242, port
     remote = sock.getsockname()[:2]
     arguments = {"workload": pod.workload, "generation": 1, "client": client, "client_port": client_port}
     arguments |= {"netns": pod.cookie} | changes
-    node.maps.authorize_delivery(local, port, *remote, **arguments)
+    node.maps.authorize_delivery(Admission(local, port, *remote, **arguments))
     sock.connect((local, port))
     return sock
 
@@ -109,7 +109,9 @@ class TestDelivery:
         app.listen(b.ip4)
         sock = b.ztunnel_socket()
         key = (b.ip4, 80, *sock.getsockname())
-        node.maps.authorize_delivery(*key, workload=b.workload, generation=1, client="10.7.7.7", client_port=1)
+        node.maps.authorize_delivery(
+            Admission(*key, workload=b.workload, generation=1, client="10.7.7.7", client_port=1)
+        )
         flags = node.maps.workloads[b.ip4].flags
         node.maps.workloads[b.ip4] = WorkloadValue(4711, flags, 2)
         sock.connect((b.ip4, 80))
@@ -120,7 +122,7 @@ class TestDelivery:
     def test_entries_go_when_nobody_listens(self, node, b):
         sock = b.ztunnel_socket()
         node.maps.authorize_delivery(
-            b.ip4, 80, *sock.getsockname(), workload=b.workload, client="10.7.7.7", client_port=1
+            Admission(b.ip4, 80, *sock.getsockname(), workload=b.workload, client="10.7.7.7", client_port=1)
         )
         assert len(node.maps.authorized) == len(node.maps.origins) == 1
         with pytest.raises(ConnectionRefusedError):
@@ -130,15 +132,17 @@ class TestDelivery:
 
     def test_entries_can_be_withdrawn_and_withdrawn_again(self, node, b):
         key = (b.ip4, 80, b.ip4, 40000)
-        node.maps.authorize_delivery(*key, workload=b.workload, client="10.7.7.7", client_port=1)
+        node.maps.authorize_delivery(Admission(*key, workload=b.workload, client="10.7.7.7", client_port=1))
         for _ in range(2):
-            node.maps.withdraw_delivery(*key)
+            node.maps.withdraw_delivery(Admission(*key))
             assert not node.leftovers()
 
     def test_both_entries_are_written_or_none(self, node, b, fill_authorized):
         key = TupleKey(b.ip4, b.ip4, 80, 40000)
         with pytest.raises(BpfFault, match=r"map authorized \(full\): write, limit 65536") as caught:
-            node.maps.authorize_delivery(b.ip4, 80, b.ip4, 40000, workload=1, client="10.7.7.7", client_port=1)
+            node.maps.authorize_delivery(
+                Admission(b.ip4, 80, b.ip4, 40000, workload=1, client="10.7.7.7", client_port=1)
+            )
         assert caught.value.errno in (errno.E2BIG, errno.ENOMEM)
         assert node.maps.origins.get(key) is None
 
@@ -149,7 +153,7 @@ class TestDelivery:
         accepted, _ = app.accept(listening)
         key = (b.ip4, 80, *sock.getsockname())
         with pytest.raises(BpfFault) as caught:
-            node.maps.authorize_delivery(*key, workload=b.workload, client="10.8.8.8", client_port=2)
+            node.maps.authorize_delivery(Admission(*key, workload=b.workload, client="10.8.8.8", client_port=2))
         assert caught.value.errno == errno.EEXIST
         assert app.peer(accepted) == ("10.7.7.7", 4242)
         assert not node.maps.authorized.items()
@@ -168,7 +172,9 @@ class TestDelivery:
             second = netns.create_socket(b.fd, INET, socket.SOCK_STREAM)
         second.settimeout(5)
         second.bind(local)
-        node.maps.authorize_delivery(b.ip4, 80, *local, workload=b.workload, client="10.8.8.8", client_port=2)
+        node.maps.authorize_delivery(
+            Admission(b.ip4, 80, *local, workload=b.workload, client="10.8.8.8", client_port=2)
+        )
         second.connect((b.ip4, 80))
         new, peer = app.accept(listening)
         app.close(old)
@@ -185,7 +191,9 @@ class TestDelivery:
         waiting = b.ztunnel_socket()
         key = (b.ip4, 80, *waiting.getsockname())
         netns_cookie = {"netns": b.cookie}
-        node.maps.authorize_delivery(*key, workload=b.workload, client="10.8.8.8", client_port=2, **netns_cookie)
+        node.maps.authorize_delivery(
+            Admission(*key, workload=b.workload, client="10.8.8.8", client_port=2, **netns_cookie)
+        )
         run_ip(outside.fd, f"addr add {b.ip4}/32 dev lo")
         stranger = outside.puppet()
         fake = stranger.listen(b.ip4)
@@ -259,7 +267,7 @@ class TestDelivery:
         listening = app.listen(b.ip4)
         sock = deliver(node, b)
         accepted, _ = app.accept(listening)
-        node.maps.authorize_delivery(b.ip4, 80, b.ip4, 40001, workload=1, client="10.7.7.7", client_port=1)
+        node.maps.authorize_delivery(Admission(b.ip4, 80, b.ip4, 40001, workload=1, client="10.7.7.7", client_port=1))
         assert node.maps.sweep() == 0, "too young"
         assert node.maps.sweep(older_than_s=0) == 2
         (left,) = node.maps.origins.keys()
@@ -508,4 +516,4 @@ def test_an_entry_of_an_unknown_reason_lets_nobody_in(node, b):
     sock.connect((b.ip4, 80))
     b.listeners["plaintext4"].accept()[0].close()
     sock.close()
-    node.maps.withdraw_delivery(b.ip4, 80, b.ip4, key.remote_port)
+    node.maps.withdraw_delivery(Admission(b.ip4, 80, b.ip4, key.remote_port))

@@ -22,7 +22,7 @@ import pytest_asyncio
 
 from ambient.datapath.entries import ENROLLED, LOCAL, OPEN
 from ambient.datapath.layout import LAYOUT
-from ambient.datapath.values import EnrolledValue, ListenerKey
+from ambient.datapath.values import Admission, EnrolledValue, ListenerKey
 from ambient.io import bpf_links
 from ambient.io.bpf_sys import BpfFault
 from ambient.manifest.kinds import NAMESPACE, POD
@@ -114,7 +114,7 @@ async def test_del_leaves_no_entry_and_may_be_repeated(node: RealNode) -> None:
     state = await node.state("ends")
     with node.maps() as maps:
         maps.authorize_delivery(
-            sandbox.address, 80, sandbox.address, 40000, workload=1, client="10.77.0.200", client_port=1
+            Admission(sandbox.address, 80, sandbox.address, 40000, workload=1, client="10.77.0.200", client_port=1)
         )
     assert len(node.traces(sandbox.addresses, pod.metadata.uid, state["netns_cookie"])) > 8
     for _ in range(2):

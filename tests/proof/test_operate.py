@@ -16,6 +16,7 @@ from click.testing import CliRunner
 from ambient.cli import cli
 from ambient.datapath.layout import LAYOUT
 from ambient.datapath.values import (
+    Admission,
     EndpointKey,
     EnrolledValue,
     ServiceKey,
@@ -189,7 +190,7 @@ def test_every_map_is_shown_by_names_filtered_and_watched(mesh: Mesh, judged: st
             through_ztunnel.await_output("echoed")
             within.await_output("echoed")
             there = held.workloads[c]
-            held.authorize_delivery(c, PORT, c, 1, workload=there.workload, generation=there.generation)
+            held.authorize_delivery(Admission(c, PORT, c, 1, workload=there.workload, generation=there.generation))
             try:
                 for name in listed:
                     words = () if name in ("counters", "settings") else ("-n", judged)
@@ -208,7 +209,7 @@ def test_every_map_is_shown_by_names_filtered_and_watched(mesh: Mesh, judged: st
                         refused = CliRunner().invoke(cli, ["maps", name, "-n", judged, "--lab", mesh.lab.name])
                         assert refused.exit_code == 1 and "no names" in refused.output
             finally:
-                held.withdraw_delivery(c, PORT, c, 1)
+                held.withdraw_delivery(Admission(c, PORT, c, 1))
             (row,) = maps("flows", "--pod", f"{judged}/c", "-o", "json")
             assert (row["acceleration"], row["policy"], row["sent_native"]) == ("redirect", f"{judged}/only-a", None)
             assert all(row["counts"] for row in maps("verdicts", "-n", judged, "-o", "json"))

@@ -16,6 +16,7 @@ import resource
 import sys
 from typing import NamedTuple
 
+from ambient.datapath.values import Admission
 from ambient.errors import PlatformFault
 from ambient.io.bpf_sys import BpfFault
 from ambient.settings import NodeSettings
@@ -44,25 +45,14 @@ class PlainKernel:
             return self._redirect._replace(client=f"127.0.0.{next(self._numbers)}")
         return self._redirect if self._redirect.original_port else None
 
-    def authorize_delivery(
-        self,
-        local: str,
-        local_port: int,
-        remote: str,
-        remote_port: int,
-        *,
-        workload: int,
-        generation: int = 0,
-        client: str = "",
-        client_port: int = 0,
-        netns: int = 0,
-    ) -> None:
+    def authorize_delivery(self, admission: Admission) -> None:
+        local_port = admission.local_port
         if local_port == 1:
             raise PlatformFault("authorized is full")
         if local_port == 2 or (local_port == 3 and next(self._numbers) <= 3):
             raise BpfFault("origins", errno.EEXIST)
 
-    def withdraw_delivery(self, local: str, local_port: int, remote: str, remote_port: int) -> None:
+    def withdraw_delivery(self, admission: Admission) -> None:
         pass
 
 

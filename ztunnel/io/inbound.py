@@ -10,6 +10,7 @@ from __future__ import annotations
 import errno
 from typing import TYPE_CHECKING
 
+from ambient.datapath.values import Admission
 from ambient.errors import AmbientError
 from ztunnel.core import capture, hbone
 from ztunnel.core.decisions import Decision
@@ -34,7 +35,18 @@ PORTS_TRIED_MAX = 16
 class Delivery:
     """One connection into a pod. ``done(error)`` is called once; then ``sock`` is connected or closed."""
 
-    __slots__ = ("_connecting", "_cookie", "_done", "_ip", "_local_port", "_pod", "_port", "_worker", "sock")
+    __slots__ = (
+        "_admission",
+        "_connecting",
+        "_cookie",
+        "_done",
+        "_ip",
+        "_local_port",
+        "_pod",
+        "_port",
+        "_worker",
+        "sock",
+    )
 
     def __init__(self, worker: Worker, pod: PodState, ip: str, port: int, done: _Done) -> None:
         self._worker = worker
@@ -42,6 +54,7 @@ class Delivery:
         self._ip = ip
         self._port = port
         self._local_port = 0
+        self._admission: Admission | None = None
         self._cookie = 0
         self._done = done
         self._connecting: Connecting | None = None
@@ -78,17 +91,11 @@ class Delivery:
         self.sock = sockets.local_socket(self._ip)
         self.sock.bind((self._ip, 0))
         self._local_port = self.sock.getsockname()[1]
+        pod = self._pod.pod
+        ends = self._ip, self._port, self._ip, self._local_port
+        self._admission = Admission(*ends, pod.workload, 0, client_ip, client_port, pod.netns_cookie)
         try:
-            worker.kernel.authorize_delivery(
-                self._ip,
-                self._port,
-                self._ip,
-                self._local_port,
-                workload=self._pod.pod.workload,
-                client=client_ip,
-                client_port=client_port,
-                netns=self._pod.pod.netns_cookie,
-            )
+            worker.kernel.authorize_delivery(self._admission)
         except AmbientError as error:
             if last or getattr(error, "errno", 0) != errno.EEXIST:
                 raise
@@ -126,7 +133,8 @@ class Delivery:
 
     def _withdraw(self) -> None:
         try:
-            self._worker.kernel.withdraw_delivery(self._ip, self._port, self._ip, self._local_port)
+            if self._admission is not None:
+                self._worker.kernel.withdraw_delivery(self._admission)
         except AmbientError as error:
             self._worker.log("error", f"withdraw a delivery: {error}")
 

@@ -15,6 +15,7 @@ import time
 import traceback
 from typing import Final, Protocol
 
+from ambient.datapath.values import Admission
 from ambient.errors import AmbientError, LayoutMismatch, PeerFault
 from ambient.io import seqpacket
 from ambient.io.bpf_maps import Maps
@@ -66,21 +67,9 @@ class Kernel(Protocol):
 
     def redirect_of(self, cookie: int) -> Redirect | None: ...
 
-    def authorize_delivery(
-        self,
-        local: str,
-        local_port: int,
-        remote: str,
-        remote_port: int,
-        *,
-        workload: int,
-        generation: int = 0,
-        client: str = "",
-        client_port: int = 0,
-        netns: int = 0,
-    ) -> None: ...
+    def authorize_delivery(self, admission: Admission) -> None: ...
 
-    def withdraw_delivery(self, local: str, local_port: int, remote: str, remote_port: int) -> None: ...
+    def withdraw_delivery(self, admission: Admission) -> None: ...
 
 
 class LazyMaps:
@@ -101,33 +90,11 @@ class LazyMaps:
         except LayoutMismatch:
             return None
 
-    def authorize_delivery(
-        self,
-        local: str,
-        local_port: int,
-        remote: str,
-        remote_port: int,
-        *,
-        workload: int,
-        generation: int = 0,
-        client: str = "",
-        client_port: int = 0,
-        netns: int = 0,
-    ) -> None:
-        self._open().authorize_delivery(
-            local,
-            local_port,
-            remote,
-            remote_port,
-            workload=workload,
-            generation=generation,
-            client=client,
-            client_port=client_port,
-            netns=netns,
-        )
+    def authorize_delivery(self, admission: Admission) -> None:
+        self._open().authorize_delivery(admission)
 
-    def withdraw_delivery(self, local: str, local_port: int, remote: str, remote_port: int) -> None:
-        self._open().withdraw_delivery(local, local_port, remote, remote_port)
+    def withdraw_delivery(self, admission: Admission) -> None:
+        self._open().withdraw_delivery(admission)
 
 
 class Worker:
