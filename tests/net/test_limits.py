@@ -16,6 +16,7 @@ import pytest
 
 from ambient.datapath.entries import LocalPod
 from ambient.datapath.layout import LAYOUT
+from ambient.datapath.values import Admission
 from ambient.io import netns
 from ambient.io.bpf_sys import BpfFault
 from ambient.manifest.acceleration import Acceleration
@@ -134,10 +135,10 @@ class TestAuthorized:
         """Deliveries of ztunnel that are authorized and not yet connected."""
         keys = [(pods[2].ip4, 81, pods[2].ip4, 40000 + n) for n in range(LIMITS["AUTHORIZED_MAX"])]
         for key in keys:
-            node.maps.authorize_delivery(*key, workload=pods[2].workload)
+            node.maps.authorize_delivery(Admission(*key, workload=pods[2].workload))
         yield keys
         for key in keys:
-            node.maps.withdraw_delivery(*key)
+            node.maps.withdraw_delivery(Admission(*key))
 
     def test_a_connection_within_the_node_is_steered_and_leaves_no_flow(self, node, pods, full):
         server, app, counted = Server(pods[1]), pods[0].puppet(), node.counted()
@@ -146,25 +147,25 @@ class TestAuthorized:
         assert (counted("authorized_full"), counted("steered")) == (1, 1)
         assert not node.maps.flows.items()
         assert node.maps.enrolled[pods[0].cookie].flows == 0
-        node.maps.withdraw_delivery(*full[0])
+        node.maps.withdraw_delivery(Admission(*full[0]))
         slot = app.connect(pods[1].ip4, 80)
         server.accepts(app, slot)
 
     def test_ztunnel_is_told_that_it_cannot_deliver(self, node, pods, full):
         key = (pods[1].ip4, 80, pods[1].ip4, 40000)
         with pytest.raises(BpfFault, match=rf"map authorized \(full\): write, limit {LIMITS['AUTHORIZED_MAX']}"):
-            node.maps.authorize_delivery(*key, workload=pods[1].workload, client="10.7.7.7", client_port=1)
+            node.maps.authorize_delivery(Admission(*key, workload=pods[1].workload, client="10.7.7.7", client_port=1))
         assert not node.maps.origins.items(), "both entries or none"
-        node.maps.withdraw_delivery(*full[0])
-        node.maps.authorize_delivery(*key, workload=pods[1].workload, client="10.7.7.7", client_port=1)
-        node.maps.withdraw_delivery(*key)
+        node.maps.withdraw_delivery(Admission(*full[0]))
+        node.maps.authorize_delivery(Admission(*key, workload=pods[1].workload, client="10.7.7.7", client_port=1))
+        node.maps.withdraw_delivery(Admission(*key))
 
     def test_what_stands_and_what_ztunnel_takes_is_not_touched(self, node, pods, full):
-        node.maps.withdraw_delivery(*full[0])
+        node.maps.withdraw_delivery(Admission(*full[0]))
         server, app = Server(pods[1]), pods[0].puppet()
         slot = app.connect(pods[1].ip4, 80)
         accepted = server.accepts(app, slot)
-        node.maps.authorize_delivery(*full[0], workload=pods[2].workload)
+        node.maps.authorize_delivery(Admission(*full[0], workload=pods[2].workload))
         app.call("send", slot, "still")
         assert server.app.call("recv", accepted)[2] == "still"
         app.connect("10.96.0.9", 80)
@@ -181,7 +182,7 @@ class TestOrigins:
             key = (target.ip4, 80, *sock.getsockname())
             try:
                 node.maps.authorize_delivery(
-                    *key, workload=target.workload, client="10.7.7.7", client_port=port, netns=target.cookie
+                    Admission(*key, workload=target.workload, client="10.7.7.7", client_port=port, netns=target.cookie)
                 )
             except BaseException:
                 sock.close()
