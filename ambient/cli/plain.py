@@ -117,7 +117,7 @@ class Looker:
         """Ports somebody listens on, and connections by their sockets' cookies."""
         fd = self._spaces.get(cookie)
         if fd is None:
-            self.unseen.append(f"{name}: its network namespace cannot be found")
+            self.unseen.append(f"{name}: its network namespace is gone, or may not be entered: run as root")
             return None
         try:
             with sock_diag.open_diag(fd) as sock:

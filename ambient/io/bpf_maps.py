@@ -15,7 +15,7 @@ from typing import Final, Generic, Protocol, Self, TypeVar
 from ambient.datapath import values as v
 from ambient.datapath.layout import LAYOUT
 from ambient.datapath.values import reason_name
-from ambient.errors import LayoutMismatch
+from ambient.errors import LayoutMismatch, PlatformFault
 from ambient.io import bpf_sys
 
 SPEC: Final[dict[str, tuple[int, int, int]]] = {
@@ -216,10 +216,15 @@ class Maps:
     def open(cls, bpffs_dir: str | Path) -> Self:
         """Open the maps under ``bpffs_dir``/LAYOUT VERSION/maps.
 
-        Raises LayoutMismatch if they are not there or have other sizes than this program's layout.
+        Raises LayoutMismatch if they are not there or have other sizes than this program's layout, PlatformFault if
+        they may not be looked at.
         """
         directory = Path(bpffs_dir) / LAYOUT.version
-        if not (directory / "maps").is_dir():
+        try:
+            there = (directory / "maps").is_dir()
+        except OSError as error:
+            raise PlatformFault(f"{directory}/maps: {error.strerror}: run as root") from None
+        if not there:
             found = sorted(path.name for path in Path(bpffs_dir).glob("v*-*")) if Path(bpffs_dir).is_dir() else []
             raise LayoutMismatch(
                 f"{directory}/maps: no pinned maps of layout {LAYOUT.version}"

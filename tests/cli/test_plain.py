@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import replace
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
 from ambient.cli.flows import PATHS, with_rates
-from ambient.cli.plain import Pod, is_accepted, is_plain, plain_row
+from ambient.cli.plain import Looker, Pod, is_accepted, is_plain, plain_row
 from ambient.cli.watch import Rates
 from ambient.datapath.render import Names
 from ambient.datapath.values import EnrolledValue
@@ -74,3 +77,17 @@ def test_plain_rows_have_the_columns_of_all_flows_and_rates() -> None:
     rates = Rates()
     with_rates(rates, 1.0, [row])
     assert with_rates(rates, 2.0, [{**row, "received": 17}])[0]["bytes_per_s"] == 10
+
+
+def test_a_namespace_that_cannot_be_looked_at_is_named() -> None:
+    maps: Any = SimpleNamespace(
+        settings=None,
+        enrolled={5: EnrolledValue("10.0.0.1", "", 1), 6: EnrolledValue("10.0.0.2", "", 2)},
+        flows={},
+    )
+    with open(os.devnull) as no_namespace:
+        looker = Looker(maps, Names({1: "shop/a", 2: "shop/b"}), {6: no_namespace.fileno()})
+        assert looker.rows() == []
+    first, second = looker.unseen
+    assert first == "shop/a: its network namespace is gone, or may not be entered: run as root"
+    assert second.startswith("shop/b: setns to network namespace")
