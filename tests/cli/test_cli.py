@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,7 @@ from ambient.cli import check, cli, target
 from ambient.cli.namespace import find_kubeconfig
 from ambient.cli.output import cell, emit, table
 from ambient.errors import AmbientError, ConfigFault, LayoutMismatch, PlatformFault
+from ambient.io.bpf_maps import Maps
 
 NOWHERE = Path("/nonexistent")
 
@@ -107,6 +109,19 @@ def test_maps_of_another_layout_are_refused(tmp_path: Path) -> None:
     assert result.exit_code == 1
     assert "v0-deadbeef" in result.output
     assert issubclass(LayoutMismatch, AmbientError)
+
+
+def test_who_may_not_look_at_the_maps_is_told_to_be_root(tmp_path: Path) -> None:
+    closed = tmp_path / "closed"
+    closed.mkdir(mode=0o000)
+    before = os.geteuid()
+    if before == 0:
+        os.seteuid(65534)
+    try:
+        with pytest.raises(PlatformFault, match="Permission denied: run as root"):
+            Maps.open(closed)
+    finally:
+        os.seteuid(before)
 
 
 def test_the_map_that_cannot_be_listed_says_so(tmp_path: Path) -> None:
