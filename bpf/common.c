@@ -44,7 +44,7 @@ static __always_inline int current_in(const __u64 *cgroups, int length)
 
 		if (!id)
 			return 0;
-		for (int index = 0; index < length; index++)
+		for (int index = 0; index < length && cgroups[index]; index++)
 			if (cgroups[index] == id)
 				return 1;
 	}

@@ -6,7 +6,7 @@
 
 static __always_inline void mark_probe(struct bpf_sock_addr *ctx, const struct address *target)
 {
-	struct settings_value *now = current_settings();
+	struct settings_value *now;
 	struct pending_value *kept = pending.sk_storage_get(ctx->sk, 0, 0);
 	struct workload_value *workload;
 	struct address pod = *target;
@@ -16,6 +16,7 @@ static __always_inline void mark_probe(struct bpf_sock_addr *ctx, const struct a
 		return;
 	if (kept)
 		pending.sk_storage_delete(ctx->sk);
+	now = current_settings();
 	if (ctx->protocol != PROTOCOL_TCP || !now || !current_in(now->kubelet_cgroups, KUBELET_CGROUPS_MAX))
 		return;
 	workload = workloads.lookup(&pod);

@@ -373,10 +373,14 @@ static __always_inline void closing(struct bpf_sock_ops *ctx, struct bpf_sock *s
 		theirs.local_port = kept->remote_port;
 		theirs.remote = kept->client;
 		theirs.remote_port = kept->client_port;
-		authorized.delete(&theirs);
 		kept->state = PENDING_DECIDED;
 		flow = flows.lookup(&theirs);
-		if (flow && flow->client.cookie == cookie)
+		if (flow && flow->client.cookie != cookie)
+			flow = 0;
+		/* Where there is a server's socket, its PASSIVE_ESTABLISHED has used the entry up. */
+		if (!flow || !flow->server.cookie)
+			authorized.delete(&theirs);
+		if (flow)
 			close_end(ctx, &theirs, flow, &flow->client, &flow->server, 1);
 		return;
 	}
