@@ -31,7 +31,7 @@
 #define VERDICTS_MAX 131072
 #define FLOWS_MAX 65536
 #define SOCKETS_MAX 65536
-#define EVENTS_BYTES 262144         /* of the ring buffer: a power of two and whole pages */
+#define EVENTS_BYTES 524288         /* of the ring buffer: a power of two and whole pages */
 #define SLOTS_MAX 1024              /* slots of one service port: endpoints, repeated by weight */
 #define FLOWS_SHARE_DEFAULT 8192    /* enrolled_value.flows_max unless the agent knows better */
 #define AGENT_SILENT_S 15           /* after so long without a heartbeat ztunnel decides what verdicts would have */

@@ -64,9 +64,9 @@ BPF_F_TABLE("hash", struct tuple_key, struct origin_value, origins, ORIGINS_MAX,
  * on the node. */
 BPF_F_TABLE("hash", struct tuple_key, struct flow_value, flows, FLOWS_MAX, BPF_F_NO_PREALLOC);
 
-/* events: closed flows, for telemetry. Written by sock_ops, consumed by one reader. 256 KiB: 900 closes between two
+/* events: closed flows, for telemetry. Written by sock_ops, consumed by one reader. 512 KiB: 1,600 closes between two
  * looks of the reader; what finds no room stays in `flows` until the reader sweeps it, so nothing is lost. */
-BPF_RINGBUF_OUTPUT(events, 64);
+BPF_RINGBUF_OUTPUT(events, 128);
 
 /* counters: enum reason -> events since loading, per CPU. Written by programs, read by people and metrics.
  * Never dies. 64: room for reasons to come without a new layout. */
