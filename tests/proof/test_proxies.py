@@ -187,7 +187,7 @@ def test_haproxy_that_splices_is_exact_by_default_and_not_when_redirected(site: 
             if not exact or (not redirected and spliced(site.directory, "splicing")):
                 break
     print(f"HAProxy with splice-auto, acceleration {site.directory.name}: {found}")
-    assert spliced(site.directory, "splicing") > TOTAL
+    assert spliced(site.directory, "splicing") > (0 if redirected else TOTAL)
     assert exact is not redirected, "README says that splice() and redirection do not go together"
     if not redirected:
         tell("client to HAProxy with splice-auto", seen[0])
