@@ -85,6 +85,41 @@ static __always_inline struct verdict_value *verdict_for(__u32 identity, __u32 w
 	return verdicts.lookup(&key);
 }
 
+/* What it says, and the policy. Read twice: the memory of an entry that was replaced is used again at once, perhaps for the
+ * verdict on somebody else, and the first reading may have been of that. */
+static __always_inline enum reason verdict_says(__u32 identity, __u32 workload, __u16 port, __u64 generation, __u32 *policy)
+{
+	struct verdict_value *verdict = verdict_for(identity, workload, port), seen = {};
+	enum reason reason;
+
+	if (!verdict)
+		return judge(0, generation);
+	seen.generation = *(volatile __u64 *)&verdict->generation;
+	seen.allow = *(volatile __u32 *)&verdict->allow;
+	*policy = seen.policy = *(volatile __u32 *)&verdict->policy;
+	reason = judge(&seen, generation);
+	if (reason != REASON_KERNEL)
+		return reason;
+	verdict = verdict_for(identity, workload, port);
+	if (!verdict || *(volatile __u64 *)&verdict->generation != seen.generation ||
+	    *(volatile __u32 *)&verdict->allow != seen.allow)
+		return REASON_STALE_VERDICT;
+	return reason;
+}
+
+/* The endpoint in a slot, read twice for the same reason: never the address of one with the port of another. */
+static __always_inline int endpoint_at(struct endpoint_key *slot, struct endpoint_value *chosen)
+{
+	struct endpoint_value *found = endpoints.lookup(slot);
+
+	if (!found)
+		return 0;
+	__builtin_memcpy(chosen, found, sizeof(*chosen));
+	found = endpoints.lookup(slot);
+	return found && found->workload == chosen->workload && found->port == chosen->port &&
+	       address_equal(&found->address4, &chosen->address4) && address_equal(&found->address6, &chosen->address6);
+}
+
 /* Of a captured connect: may it go straight to an endpoint of this node instead? REASON_KERNEL if so, with the record
  * filled; REASON_CAPTURED if not, and then ztunnel honours the endpoint if one was chosen. */
 static __always_inline enum reason same_node(struct pending_value *record, struct enrolled_value *pod,
@@ -99,23 +134,28 @@ static __always_inline enum reason same_node(struct pending_value *record, struc
 
 	if (service) {
 		struct endpoint_key slot = {};
-		struct endpoint_value *endpoint;
+		struct endpoint_value chosen = {};
+		struct service_key vip = {};
 
 		if ((service->flags & WORKLOAD_WAYPOINT) || !service->endpoints)
 			return REASON_CAPTURED;
-		slot.service = service->service;
+		slot.service = *(volatile __u32 *)&service->service;
 		slot.port = port;
 		slot.slot = bpf_get_prandom_u32() % service->endpoints;
-		endpoint = endpoints.lookup(&slot);
-		if (!endpoint) {
+		vip.vip = target;
+		vip.port = port;
+		service = services.lookup(&vip);
+		if (!service || *(volatile __u32 *)&service->service != slot.service)
+			return REASON_CAPTURED; /* another's entry has its place: see verdict_says() */
+		if (!endpoint_at(&slot, &chosen)) {
 			count(REASON_NO_ENDPOINT_SLOT);
 			return REASON_CAPTURED;
 		}
-		target = address_is4(&target) ? endpoint->address4 : endpoint->address6;
+		target = address_is4(&target) ? chosen.address4 : chosen.address6;
 		if (address_is_any(&target))
 			return REASON_CAPTURED;
-		port = endpoint->port;
-		wanted = endpoint->workload;
+		port = chosen.port;
+		wanted = chosen.workload;
 		record->endpoint = target;
 		record->endpoint_port = port;
 	}
@@ -142,13 +182,8 @@ static __always_inline enum reason same_node(struct pending_value *record, struc
 	}
 	identity = *(volatile __u32 *)&pod->identity;
 	record->policy = 0;
-	if (!(there.flags & WORKLOAD_ALLOW_ANY)) {
-		struct verdict_value *verdict = verdict_for(identity, there.workload, port);
-
-		reason = judge(verdict, there.generation);
-		if (verdict)
-			record->policy = verdict->policy;
-	}
+	if (!(there.flags & WORKLOAD_ALLOW_ANY))
+		reason = verdict_says(identity, there.workload, port, there.generation, &record->policy);
 	if (reason != REASON_KERNEL) {
 		count(reason);
 		return REASON_CAPTURED;

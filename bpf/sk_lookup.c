@@ -46,9 +46,16 @@ int sk_lookup(struct bpf_sk_lookup *ctx)
 	local = workloads.lookup(&key.local);
 	entry = authorized.lookup(&key);
 	if (entry) {
-		if (authorizes(entry, local)) {
-			count(entry->reason);
-			return SK_PASS;
+		struct authorized_value seen = *entry;
+
+		/* Read twice: what was read first may be of another connection, whose entry took the place of this one. */
+		if (authorizes(&seen, local)) {
+			entry = authorized.lookup(&key);
+			if (entry && entry->generation == seen.generation && entry->workload == seen.workload &&
+			    entry->reason == seen.reason) {
+				count(seen.reason);
+				return SK_PASS;
+			}
 		}
 		/* Gone, so that an entry that is still there at PASSIVE_ESTABLISHED has let its connection in. */
 		authorized.delete(&key);

@@ -86,7 +86,8 @@ class Redirection:
         removed = 0
         for key in [key for key, since in self._blocking.items() if now - since >= SETTLED_S]:
             found = self._maps.flows.get(key)
-            if found is None:
+            # Another connection may have the same addresses by now, and be in the middle of redirecting.
+            if found is None or _BLOCKING not in (found.client.state, found.server.state):
                 del self._blocking[key]
                 continue
             left = 0

@@ -29,6 +29,7 @@ from ambient.model.workload import TunnelProtocol, Workload
 from ambient.model.world import World
 from ambient.node.crowd import FROM, Crowd
 from ambient.node.records import Names
+from ambient.node.redirection import Redirection
 from ambient.node.same_node import SameNode
 from tests.support.netlab import run_ip, until
 from tests.support.redirect import CAN, Held, enrol, read
@@ -190,6 +191,26 @@ class TestRedirection:
             flow = next(flow for key, flow in node.maps.flows.items() if key.local_port == 9001)
             assert not flow.client.sighting & LAYOUT["END_INSERTED"]
             assert flow.server.sighting & LAYOUT["END_INSERTED"], "whose first connection it is"
+
+    def test_a_connection_that_follows_a_blocking_one_stays_in_the_sockhash(self, node, pods):
+        """With the same ports: taken out, it would lose what is on its way into it."""
+        agent = Redirection(str(node.bpffs_dir), node.maps)
+        spaces = {pod.cookie: pod.fd for pod in pods}
+        one = Held(node, *pods, bound=7300)
+        one.warm()
+        one.server.setblocking(True)
+        one.client.send(b"x")
+        assert LAYOUT["FLOW_BLOCKING"] in {end.state for end in one.ends()}
+        assert agent.take_out(spaces, 100.0) == 0
+        for sock in (one.client, one.server):
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        one.close()
+        two = Held(node, *pods, bound=7300)
+        assert two.key == one.key
+        two.warm()
+        assert agent.take_out(spaces, 110.0) == 0
+        assert len(node.maps.sockets.keys()) == 2
+        two.close()
 
     def test_a_strangers_socket_with_the_same_addresses_leaves_the_flow_alone(self, node, pods, held, make_pod):
         """A pod that was in the mesh keeps a socket in the sockhash, and out of the mesh gives it the addresses of
