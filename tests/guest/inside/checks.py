@@ -9,7 +9,7 @@ import sys
 
 import pytest
 
-from tests.net.test_redirect import duplex, duplex_binary, pods  # noqa: F401 - fixtures
+from tests.net.test_redirect import duplex, pods  # noqa: F401 - fixtures
 
 FLOWS, BYTES = 16, 20_000_000
 
