@@ -190,7 +190,7 @@ class TestRedirection:
                     read(receiver, 1)
             flow = next(flow for key, flow in node.maps.flows.items() if key.local_port == 9001)
             assert not flow.client.sighting & LAYOUT["END_INSERTED"]
-            assert flow.server.sighting & LAYOUT["END_INSERTED"], "whose first connection it is"
+            assert flow.server.sighting & LAYOUT["END_READY"], "whose first connection it is"
 
     def test_a_connection_that_follows_a_blocking_one_stays_in_the_sockhash(self, node, pods):
         """With the same ports: taken out, it would lose what is on its way into it."""
