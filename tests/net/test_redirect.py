@@ -80,7 +80,7 @@ class TestEveryByteInOrder:
         node.reset(acceleration=CAN, high_bytes=high)
         done = duplex.run(family=family, pause_us=1000, seed=high + family)
         assert done.redirected > 100_000
-        assert done.switches > 16
+        assert done.switches > (16 if high < HIGHS[-1] else 8)
         assert done.redirected + done.native == done.client["sent"] + done.server["sent"] + 16 * 8
         assert done.client["enomem"] == done.server["enomem"] == 0
 
