@@ -81,12 +81,14 @@ def test_every_connection_is_counted_once_and_no_map_keeps_anything(node, make_p
     counted = node.counted()
     reader = FlowReader(node.maps)
     list(reader.closed())
-    dialling = []
+    dialling: list[subprocess.Popen[str]] = []
+    serving: list[subprocess.Popen[str]] = []
     began = time.monotonic()
     for pod, connections in ((plain, DIRECT), (fast, REDIRECTED)):
         server = start(pod, "serve", pod.ip4, PORT, PORTS, connections)
         assert server.stdout is not None
         assert server.stdout.readline() == "listening\n"
+        serving.append(server)
         dialling.append(start(client, "dial", pod.ip4, PORT, PORTS, connections, AT_ONCE[connections], ROUNDS))
     flows: dict[tuple[TupleKey, int], FlowValue] = {}
     reported = 0
@@ -98,7 +100,7 @@ def test_every_connection_is_counted_once_and_no_map_keeps_anything(node, make_p
             flows[event.key, event.value.created_ns] = event.value
             reported += 1
 
-    while running := [process for process in dialling if process.poll() is None]:
+    while running := [process for process in (*dialling, *serving) if process.poll() is None]:
         with contextlib.suppress(subprocess.TimeoutExpired):
             running[0].wait(0.05)
         node.beat()

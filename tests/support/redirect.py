@@ -132,7 +132,7 @@ class Duplex:
             found.extend(self._reader.sweep())
             return len(found) >= flows
 
-        until(reported, f"{flows} flows are reported")
+        until(reported, f"{flows} flows are reported", 20)
         done = Done(json.loads(client_said), json.loads(server_said), found)
         self.redirected += done.redirected
         self.native += done.native
