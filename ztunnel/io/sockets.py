@@ -75,11 +75,11 @@ def local_socket(ip: str) -> Socket:
 
 
 def tune_local(sock: Socket) -> None:
-    """For connections whose other end is in the same kernel. Before `connect` or `listen`; accepted sockets inherit it.
+    """For connections whose other end is in the same kernel: nothing to keep alive. Accepted sockets inherit it.
 
-    There is no network between: nothing to keep alive, and nothing to pace."""
+    They keep the node's congestion control. Without pacing the kernel takes megabytes for an application that made its
+    receive buffer small, and over loopback's long segments it then gets them by one window probe after the other."""
     sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-    unpace(sock)
 
 
 def unpace(sock: Socket) -> None:
