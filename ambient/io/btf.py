@@ -15,6 +15,7 @@ from typing import Final
 from ambient.errors import PlatformFault
 
 VMLINUX: Final = Path("/sys/kernel/btf/vmlinux")
+PROC_CGROUPS: Final = Path("/proc/cgroups")
 _HEADER: Final = struct.Struct("=HBBIIIII")
 _MAGIC: Final = 0xEB9F
 _INT, _POINTER, _ARRAY, _STRUCT, _UNION, _ENUM = 1, 2, 3, 4, 5, 6
@@ -55,7 +56,13 @@ _MEMCG: Final = {
     "OFF_SOCK_MEMCG": ("sock", "sk_memcg", 8),
     "OFF_MEMCG_PRESSURE": ("mem_cgroup", "socket_pressure", 8),
 }
-"""Needed together or not at all (a kernel without memory cgroups has neither)."""
+"""All are needed where sockets belong to memory cgroups, and of the next two those of the version in use."""
+_MEMCG_V2: Final = {
+    "OFF_MEMCG_MEMORY": ("mem_cgroup", "memory.usage", 8),
+    "OFF_COUNTER_USAGE": ("page_counter", "usage", 8),
+    "OFF_COUNTER_MAX": ("page_counter", "max", 8),
+    "OFF_COUNTER_PARENT": ("page_counter", "parent", 8),
+}
 _MEMCG_V1: Final = {
     "OFF_MEMCG_TCP_PRESSURE": ("mem_cgroup", "tcpmem_pressure", 4),
     "OFF_MEMCG_TCP_ACTIVE": ("mem_cgroup", "tcpmem_active", 1),
@@ -100,7 +107,7 @@ class Btf:
         """Where each type begins, and the named structs and enums."""
         raw, position, unpack = self._raw, self._types_at, struct.Struct("=III").unpack_from
         wanted = {b"sock_flags"}
-        wanted |= {where[0].encode() for where in (_NAMED | _MEMCG | _MEMCG_V1).values()}
+        wanted |= {where[0].encode() for where in (_NAMED | _MEMCG | _MEMCG_V2 | _MEMCG_V1).values()}
         while position < self._types_end:
             if position + 12 > self._types_end:
                 raise PlatformFault(f"BTF type {len(self._at)} is cut short")
@@ -175,6 +182,10 @@ class Btf:
             raise PlatformFault(f"this kernel's struct {structure}: {path} has {actual} bytes, not {size}")
         return total
 
+    def has(self, structure: str, member: str) -> bool:
+        ident = self._named.get((_STRUCT, structure.encode()))
+        return ident is not None and self._member(self._type(ident), member.encode()) is not None
+
     def enumerator(self, enum: str, name: str) -> int:
         ident = self._named.get((_ENUM, enum.encode()))
         if ident is not None:
@@ -186,18 +197,27 @@ class Btf:
         raise PlatformFault(f"this kernel's enum {enum} has no {name}")
 
 
-def redirect_macros(raw: bytes | None = None) -> tuple[dict[str, int], str]:
-    """(macros for bpf/include/redirect.h, why redirection must stay off or the empty string)."""
+def memory_is_v1(cgroups: str | None = None) -> bool:
+    """Whether the memory controller is in a hierarchy of cgroup v1, which counts TCP's memory apart (/proc/cgroups)."""
+    lines = (PROC_CGROUPS.read_text() if cgroups is None else cgroups).splitlines()
+    return any(fields[0] == "memory" and fields[1] != "0" for fields in map(str.split, lines) if len(fields) > 1)
+
+
+def redirect_macros(raw: bytes | None = None, v1: bool | None = None) -> tuple[dict[str, int], str]:
+    """(macros for bpf/include/redirect.h, why redirection must stay off or the empty string).
+
+    ``v1``: `memory_is_v1` of this machine if None.
+    """
     zeroes = dict.fromkeys(_NAMED, 0) | {"SOCK_FLAG_ZEROCOPY": 0, "REDIRECT_OFFSETS": 0}
     try:
         btf = Btf(VMLINUX.read_bytes() if raw is None else raw)
         macros = {name: btf.offset(*where) for name, where in _NAMED.items()}
         macros["SOCK_FLAG_ZEROCOPY"] = btf.enumerator("sock_flags", "SOCK_ZEROCOPY")
+        if btf.has("sock", "sk_memcg"):
+            v1 = memory_is_v1() if v1 is None else v1
+            macros |= {name: btf.offset(*where) for name, where in (_MEMCG | (_MEMCG_V1 if v1 else _MEMCG_V2)).items()}
+            if not v1:
+                macros["OFF_MEMCG_MEMORY"] -= macros["OFF_COUNTER_USAGE"]
     except (OSError, PlatformFault, ValueError, struct.error) as error:
         return zeroes, f"no usable BTF: {error}"
-    for group in (_MEMCG, _MEMCG_V1):
-        try:
-            macros |= {name: btf.offset(*where) for name, where in group.items()}
-        except PlatformFault:
-            break  # without v2 no v1 either
     return macros | {"REDIRECT_OFFSETS": 1}, ""

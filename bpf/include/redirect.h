@@ -46,6 +46,8 @@ static __always_inline int sock_is(__u64 sock, __u64 cookie)
 	return sock && cookie && read64(sock, OFF_SOCK_COOKIE) == cookie;
 }
 
+#define MEMCG_PAGES 64 /* charged at a time at least */
+
 #define FILE_NONE 0
 #define FILE_BLOCKS 1
 #define FILE_NONBLOCKING 2
@@ -95,6 +97,27 @@ static __always_inline int sock_edge(__u64 sock)
 	return node != head;
 }
 
+#ifdef OFF_MEMCG_MEMORY
+#define MEMCG_LEVELS_MAX 16
+
+/* Whether a charge might exceed memory.max of a v2 group or of one above it. The kernel does not just refuse it, it looks
+ * for a process of the group to kill first, which native bytes never make it do: they are charged in softirq. */
+static __always_inline int memcg_is_full(__u64 group, __u64 pages)
+{
+	__u64 counter = group + OFF_MEMCG_MEMORY;
+
+#pragma unroll
+	for (int level = 0; level < MEMCG_LEVELS_MAX; level++) {
+		if (!counter)
+			return 0;
+		if (read64(counter, OFF_COUNTER_USAGE) + pages > read64(counter, OFF_COUNTER_MAX))
+			return 1;
+		counter = read64(counter, OFF_COUNTER_PARENT);
+	}
+	return counter != 0;
+}
+#endif
+
 /* Whether memory for a socket may be refused: the protocol's limits, or those of its cgroup. */
 static __always_inline int sock_pressed(__u64 sock, __u32 size)
 {
@@ -105,18 +128,22 @@ static __always_inline int sock_pressed(__u64 sock, __u32 size)
 		return 1;
 #ifdef OFF_MEMCG_PRESSURE
 	{
-		__u64 group = read64(sock, OFF_SOCK_MEMCG);
+		__u64 group = read64(sock, OFF_SOCK_MEMCG), pages = MEMCG_PAGES + size / 4096;
 
 		if (!group)
 			return 0;
 		if ((__s64)(read64(group, OFF_MEMCG_PRESSURE) - bpf_jiffies64()) > 0)
 			return 1;
+#ifdef OFF_MEMCG_MEMORY
+		if (memcg_is_full(group, pages))
+			return 1;
+#endif
 #ifdef OFF_MEMCG_TCP_PRESSURE
 		if (read32(group, OFF_MEMCG_TCP_PRESSURE))
 			return 1;
-		/* The first charge beyond a v1 limit fails before it says so; 64 pages are charged at a time. */
+		/* The first charge beyond a v1 limit fails before it says so. */
 		if (read32(group, OFF_MEMCG_TCP_ACTIVE) & 0xff &&
-		    read64(group, OFF_MEMCG_TCP_USAGE) + 64 + size / 4096 > read64(group, OFF_MEMCG_TCP_MAX))
+		    read64(group, OFF_MEMCG_TCP_USAGE) + pages > read64(group, OFF_MEMCG_TCP_MAX))
 			return 1;
 #endif
 	}

@@ -33,6 +33,36 @@ def test_the_running_kernel_has_every_field(raw):
     assert all(value > 0 for name, value in macros.items() if name != "OFF_EPOLL_ENTRY")
 
 
+@pytest.mark.parametrize(
+    ("v1", "wanted", "others"), [(True, "_MEMCG_V1", "_MEMCG_V2"), (False, "_MEMCG_V2", "_MEMCG_V1")]
+)
+def test_limits_are_read_where_the_memory_controller_keeps_them(raw, v1, wanted, others):
+    macros, why = btf.redirect_macros(raw, v1)
+    assert why == ""
+    assert set(getattr(btf, wanted)) < set(macros)
+    assert not set(getattr(btf, others)) & set(macros)
+
+
+def test_a_kernel_whose_limits_cannot_be_read_redirects_nothing(raw):
+    """It would charge, fail, and kill: never without looking."""
+    macros, why = btf.redirect_macros(raw.replace(b"\0page_counter\0", b"\0page_counted\0"), False)
+    assert "no struct page_counter" in why
+    assert macros["REDIRECT_OFFSETS"] == 0
+
+
+@pytest.mark.parametrize(
+    ("said", "v1"),
+    [
+        ("#subsys_name\thierarchy\tnum_cgroups\tenabled\nmemory\t4\t21\t1\n", True),
+        ("#subsys_name\thierarchy\tnum_cgroups\tenabled\nmemory\t0\t21\t1\n", False),
+        ("#subsys_name\thierarchy\tnum_cgroups\tenabled\ncpu\t1\t1\t1\n", False),
+        ("", False),
+    ],
+)
+def test_where_the_memory_controller_is(said, v1):
+    assert btf.memory_is_v1(said) is v1
+
+
 def test_bpftool_says_the_same_of_plain_members(parsed):
     require("bpftool")
     command = ["bpftool", "btf", "dump", "file", btf.VMLINUX, "format", "raw", "-j"]

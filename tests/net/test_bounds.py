@@ -17,7 +17,7 @@ import pytest
 
 from ambient.datapath.layout import LAYOUT
 from ambient.io import sock_diag
-from tests.support.limited import Limited, limited, objects, slab_bytes
+from tests.support.limited import Limited, LimitedPod, limited, objects, slab_bytes
 from tests.support.netlab import Node, Pod, until
 from tests.support.redirect import CAN, REDIRECT, Duplex, Held, enrol, read
 
@@ -158,11 +158,11 @@ class TestAnIdleReceiver:
 
 
 @pytest.fixture
-def memcg():
-    found: list[Limited] = []
+def memcg(pods):
+    found: list[Limited | LimitedPod] = []
 
-    def make(limit: int) -> Limited:
-        found.append(limited(limit))
+    def make(limit: int) -> Limited | LimitedPod:
+        found.append(limited(limit, pods[1].cgroup))
         return found[-1]
 
     yield make
@@ -206,7 +206,7 @@ def limited_connections(node, pods, memcg):
     """Call it for redirecting connections whose servers' sockets belong to a limited cgroup."""
     held: list[Held] = []
 
-    def make(count: int, limit: int = LIMIT) -> tuple[Limited, list[Held]]:
+    def make(count: int, limit: int = LIMIT) -> tuple[Limited | LimitedPod, list[Held]]:
         group = memcg(limit)
         with group.inside():
             for _ in range(count):
@@ -221,7 +221,8 @@ def limited_connections(node, pods, memcg):
 
 
 class TestAMemoryLimitOfTheReceiver:
-    """memory.kmem.tcp.limit_in_bytes of cgroup v1. A charge that fails is ENOMEM for whoever redirects."""
+    """memory.kmem.tcp.limit_in_bytes of cgroup v1, memory.max of v2. A charge that fails is ENOMEM for whoever
+    redirects; with v2 the kernel first looks for a process of the receiver's pod to kill."""
 
     @pytest.mark.parametrize("size", [1, 4096, 65536])
     def test_an_idle_receiver_gives_its_sender_eagain_and_no_enomem(

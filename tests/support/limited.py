@@ -1,4 +1,4 @@
-"""A memory cgroup with a limit on what sockets may hold, and the kernel's own account of its objects."""
+"""A limit on what the sockets of a memory cgroup may hold, and the kernel's own account of its objects."""
 
 from __future__ import annotations
 
@@ -7,9 +7,13 @@ import os
 import threading
 from collections.abc import Iterator
 from pathlib import Path
+from typing import ClassVar
 
+from ambient.io import cgroup
 from tests.support.require import memory_hierarchy, require
 
+_PROGRAM = 4 << 20
+"""More than a small program needs for itself."""
 _LIMIT = "memory.kmem.tcp.limit_in_bytes"
 _PREFIX = "ambient-test-"
 
@@ -55,12 +59,56 @@ class Limited:
         return not self.path.exists()
 
 
-def limited(limit: int) -> Limited:
-    """Skips loudly where there is no such controller."""
-    require("kmem.tcp")
+class LimitedPod:
+    """The same of cgroup v2: memory.max of a pod, beyond what it holds already. Socket memory counts with all other.
+
+    The kernel may also look for a process to kill; that only the pod's own could be one is the caller's concern.
+    """
+
+    _NAMES: ClassVar = {"usage_in_bytes": "memory.current", "max_usage_in_bytes": "memory.peak"}
+
+    def __init__(self, pod: Path, limit: int) -> None:
+        self.path, self._limit = pod, limit
+        top = cgroup.mount_point()
+        for level in reversed(pod.relative_to(top).parents):
+            (top / level / "cgroup.subtree_control").write_text("+memory")
+        self.limit(limit + _PROGRAM)
+
+    def limit(self, limit: int) -> None:
+        (self.path / "memory.max").write_text(str(int((self.path / "memory.current").read_text()) + limit))
+
+    def said(self, name: str) -> int:
+        """As `Limited`; ``failcnt`` is how often the limit was met, ``kills`` how often a process was killed for it."""
+        if name in self._NAMES:
+            return int((self.path / self._NAMES[name]).read_text())
+        events = dict(line.split() for line in (self.path / "memory.events").read_text().splitlines())
+        return int(events[{"failcnt": "max", "kills": "oom_kill"}[name]])
+
+    @contextlib.contextmanager
+    def inside(self) -> Iterator[None]:
+        """The process is in the pod: sockets it accepts now are charged there, as is what it allocates: no limit yet."""
+        home = cgroup.of_pid(os.getpid())
+        (self.path / "memory.max").write_text("max")
+        cgroup.move(0, self.path)
+        try:
+            yield
+        finally:
+            cgroup.move(0, home)
+            self.limit(self._limit)
+
+    def enter(self) -> None:
+        """A process of the pod is there already."""
+
+    def close(self) -> bool:
+        (self.path / "memory.max").write_text("max")
+        return True
+
+
+def limited(limit: int, pod: Path) -> Limited | LimitedPod:
+    """``pod``: the cgroup that cgroup v2 limits. Skips loudly where nothing limits what sockets hold."""
+    require("memcg")
     root = memory_hierarchy()
-    assert root is not None
-    return Limited(root, limit)
+    return Limited(root, limit) if root else LimitedPod(pod, limit)
 
 
 def objects(cache: str) -> int:

@@ -40,8 +40,10 @@ def _missing(need: str) -> str | None:
             if not (Path(__file__).parents[2] / "build/guest/version").exists():
                 return "no kernel for the guest: make build/guest/version"
             return _missing("qemu-system-x86_64") or _missing("cpio") or _missing("busybox")
-        case "kmem.tcp":
-            return None if memory_hierarchy() else "no memory controller of cgroup v1 limits TCP's memory here"
+        case "memcg":
+            if memory_hierarchy() or "memory" in (cgroup.mount_point() / "cgroup.controllers").read_text().split():
+                return None
+            return "no memory controller limits what sockets hold here"
         case tool:
             return None if shutil.which(tool) else f"{tool} is not installed"
 
