@@ -100,17 +100,19 @@ static __always_inline int sock_edge(__u64 sock)
 #ifdef OFF_MEMCG_MEMORY
 #define MEMCG_LEVELS_MAX 16
 
-/* Whether a charge might exceed memory.max of a v2 group or of one above it. The kernel does not just refuse it, it looks
- * for a process of the group to kill first, which native bytes never make it do: they are charged in softirq. */
+/* Whether a charge would leave less than an eighth of memory.max of a v2 group or of one above it. A charge beyond the
+ * limit is not just refused: the kernel looks for a process of the group to kill first, which native bytes that arrive
+ * never make it do. The eighth is for what the group's own processes do. */
 static __always_inline int memcg_is_full(__u64 group, __u64 pages)
 {
-	__u64 counter = group + OFF_MEMCG_MEMORY;
+	__u64 limit, counter = group + OFF_MEMCG_MEMORY;
 
 #pragma unroll
 	for (int level = 0; level < MEMCG_LEVELS_MAX; level++) {
 		if (!counter)
 			return 0;
-		if (read64(counter, OFF_COUNTER_USAGE) + pages > read64(counter, OFF_COUNTER_MAX))
+		limit = read64(counter, OFF_COUNTER_MAX);
+		if (read64(counter, OFF_COUNTER_USAGE) + pages > limit - limit / 8)
 			return 1;
 		counter = read64(counter, OFF_COUNTER_PARENT);
 	}

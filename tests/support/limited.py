@@ -86,7 +86,7 @@ class LimitedPod:
 
     @contextlib.contextmanager
     def inside(self) -> Iterator[None]:
-        """The process is in the pod: sockets it accepts now are charged there, as is what it allocates: no limit yet."""
+        """The process is in the pod: what it accepts and allocates now is charged there, without a limit yet."""
         home = cgroup.of_pid(os.getpid())
         (self.path / "memory.max").write_text("max")
         cgroup.move(0, self.path)
