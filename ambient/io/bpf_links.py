@@ -5,9 +5,9 @@
     BPFFS_DIR/VERSION/links/HOOK           attachments to the node's and the pods' cgroup
     BPFFS_DIR/VERSION/pods/UID/sk_lookup   attachment to a pod's network namespace
     BPFFS_DIR/VERSION/progs/enrol          the tc program of redirection; missing where redirection is off
-    BPFFS_DIR/VERSION/pods/UID/enrol       its attachment to a pod's interface (ambient.io.bpf_tc)
+    BPFFS_DIR/VERSION/pods/UID/enrol-*     its attachment to a pod's interface (ambient.io.bpf_tc)
 
-Everything is attached by bpf_link: a link never disturbs foreign programs, and its pin outlives us.
+Attached by bpf_link where the kernel has one: a link never disturbs foreign programs, and its pin outlives us.
 """
 
 from __future__ import annotations
