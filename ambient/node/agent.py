@@ -286,6 +286,7 @@ class Agent:
             "ready": not self.not_ready(),
             "reason": self.not_ready(),
             "layout": LAYOUT.version,
+            "draining": self._draining,
             "control": {"connected": self._connected, "reason": self._connection, "world": self._world is not None},
             "holder": {"connected": self._holder.connected.is_set()},
             "api": {"synced": self._pods.wishes.synced},

@@ -126,6 +126,7 @@ def test_no_byte_is_lost_the_old_layout_drains_and_what_is_new_is_the_new_ones(
         assert sorted(path.name for path in old.iterdir()) == ["maps"]
         eventually(lambda: pins_of(old) == ["settings", "sockets"], 5, "the rest of the old layout to be gone")
         assert (held(old), held(new)) == (2 * len(ports), 0)
+        assert neighbour.agent("node1")["draining"] == [old.name]
         redirected, sent = around_tcp(neighbour, pair, both, streams), streams.report()["sent"]
         assert redirected > 5_000_000 / 2, "of both directions one is a's"
         eventually(lambda: streams.report()["sent"] > sent + 5_000_000, 10, "bytes to move")
@@ -156,6 +157,7 @@ def test_no_byte_is_lost_the_old_layout_drains_and_what_is_new_is_the_new_ones(
         assert 0 <= sum(end["sent"] for end in ends) - heard["got"] <= REFUSED * SIZE
         assert 0 <= heard["sent"] - sum(end["got"] for end in ends) <= REFUSED * SIZE
         eventually(lambda: not old.exists(), 5, "the old layout to be gone")
+        eventually(lambda: not neighbour.agent("node1")["draining"], 5, "the agent to say so")
         assert new.exists()
         eventually(lambda: not neighbour.rows("maps", "flows", "--node", "node1"), 5, "no flow is left in the map")
         assert not neighbour.rows("diff", "--node", "node1")
