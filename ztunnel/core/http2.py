@@ -52,7 +52,7 @@ class Limits:
     """16 KiB for a client, 64 KiB for a server."""
     streams: int = 200
     """Concurrent streams a peer may open (server)."""
-    chunk_bytes: int = 256 * 1024
+    chunk_bytes: int = 128 * 1024
     """Largest DATA frame we send: how long one stream may keep the others waiting."""
     settings_timeout_s: float = 10.0
     ping_interval_s: float = 10.0

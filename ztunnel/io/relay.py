@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from ztunnel.io.worker import Worker
 
 _READS_PER_TURN: Final = 8
-_BATCH_BYTES: Final = 240 * 1024
+_BATCH_BYTES: Final = 128 * 1024
 """A batch of so much leaves before the turn's end: the peer works on it while we go on."""
 POLICY_CHANGED: Final = "connection closed due to policy change"
 
