@@ -23,28 +23,24 @@ pytestmark = [pytest.mark.guest, pytest.mark.timeout(LIMIT_S + 60)]
 CHECKS = "tests/guest/inside/checks.py"
 SAME_NODE = "tests/net/test_same_node.py"
 MEMORY = "tests/net/test_bounds.py::TestAMemoryLimitOfTheReceiver"
-INSIDE = (
+INSIDE = (  # without [parameters]: all of them
     f"{CHECKS}::test_the_kernel_is_debians",
     f"{CHECKS}::test_every_program_loads_and_redirection_is_possible",
     f"{CHECKS}::test_check_says_what_works_here",
-    f"{CHECKS}::test_sixteen_flows_of_twenty_megabytes_are_exact[4]",
-    f"{CHECKS}::test_sixteen_flows_of_twenty_megabytes_are_exact[6]",
+    f"{CHECKS}::test_sixteen_flows_of_twenty_megabytes_are_exact",
     f"{CHECKS}::test_pods_have_filters_where_the_kernel_has_no_tcx",
     "tests/net/test_redirect.py::TestTheTcProgram::test_it_is_attached_once_and_goes[False]",
     f"{MEMORY}::test_an_idle_receiver_gives_its_sender_eagain_and_no_enomem[4096]",
     f"{MEMORY}::test_an_idle_receiver_gives_its_sender_eagain_and_no_enomem[65536]",
-    f"{MEMORY}::test_a_reading_one_gets_every_byte_and_its_sender_no_enomem[4096-1048576]",
-    f"{MEMORY}::test_a_reading_one_gets_every_byte_and_its_sender_no_enomem[65536-4194304]",
+    f"{MEMORY}::test_a_reading_one_gets_every_byte_and_its_sender_no_enomem",
     "tests/net/test_capture.py::test_a_captured_connection_reaches_ztunnel_with_its_record",
     "tests/net/test_inbound.py::TestDelivery::test_the_application_sees_the_true_client[2]",
     "tests/net/test_inbound.py::TestSteering::test_plaintext_goes_to_ztunnel_with_the_original_destination[2]",
-    f"{SAME_NODE}::test_an_allowed_connection_goes_straight_to_the_pod[4]",
-    f"{SAME_NODE}::test_an_allowed_connection_goes_straight_to_the_pod[6]",
+    f"{SAME_NODE}::test_an_allowed_connection_goes_straight_to_the_pod",
     f"{SAME_NODE}::test_a_service_is_resolved_in_the_kernel_and_the_application_sees_what_it_dialled",
     f"{SAME_NODE}::test_without_a_current_allow_the_connection_goes_to_ztunnel[deny-verdict_denies]",
     f"{SAME_NODE}::test_a_new_generation_kills_what_was_authorized_and_is_on_its_way",
-    f"{SAME_NODE}::test_a_living_flow_shows_its_bytes_and_can_be_closed[4]",
-    f"{SAME_NODE}::test_a_living_flow_shows_its_bytes_and_can_be_closed[6]",
+    f"{SAME_NODE}::test_a_living_flow_shows_its_bytes_and_can_be_closed",
 )
 
 
@@ -85,9 +81,11 @@ def guest(tmp_path_factory) -> Guest:
 
 @pytest.mark.parametrize("name", INSIDE, ids=lambda node: node.rpartition("/")[2])
 def test_on_debians_kernel(guest, name, record_property):
-    found = _name(name)
-    assert found in guest.outcome, guest.ended.tail()
-    for key, value in guest.reported[found].items():
-        record_property(key, value)
-        print(f"{key}: {value}")
-    assert not guest.outcome[found], guest.outcome[found]
+    wanted = _name(name)
+    cases = [case for case in guest.outcome if case.startswith(wanted) and case[len(wanted) :][:1] in ("", "[")]
+    assert cases, f"it did not run: {guest.ended.tail()}"
+    for case in cases:
+        for key, value in guest.reported[case].items():
+            record_property(key, value)
+            print(f"{key}: {value}")
+        assert not guest.outcome[case], guest.outcome[case]
