@@ -4,20 +4,17 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import json
 import random
-import re
 import selectors
 import socket
 import struct
 import threading
 from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 
 from tests.support.require import require
-from tests.ztunnel.harness import Mesh, Space, WorkerProcess, mesh, pod, two_spaces, wait_until
+from tests.ztunnel.harness import Mesh, WorkerProcess, mesh, pod, wait_until
 from ztunnel.core import messages as m
 from ztunnel.io.inbound import PORTS_TRIED_MAX
 
@@ -46,37 +43,6 @@ def connected(path: Mesh, listener: socket.socket) -> tuple[socket.socket, socke
     far.settimeout(20)
     assert far.recv(1) == b"?"
     return near, far
-
-
-@pytest.mark.parametrize(("near_us", "tunnel"), [(10_000_000, "reno"), (0, "bbr")], ids=["near", "far"])
-def test_a_tunnel_to_a_near_peer_is_not_paced_and_nothing_else(
-    near_us: int, tunnel: str, monkeypatch: pytest.MonkeyPatch
-):
-    require("net")
-    if "bbr" not in Path("/proc/sys/net/ipv4/tcp_available_congestion_control").read_text().split():
-        pytest.skip("this kernel has no congestion control that paces")
-    monkeypatch.setenv("WORKER_CONSTANTS", json.dumps({"ztunnel.io.sockets.NEAR_US": near_us}))
-    with two_spaces() as (a, b):
-        for space in (a, b):
-            space.run("sysctl", "-qw", "net.ipv4.tcp_congestion_control=bbr", check=True)
-        it = Mesh(a, b)
-        try:
-            near, far = connected(it, b.listen(it.ip, it.port))
-            for space, towards in ((a, "sport = 15001"), (b, f"dport = {it.port}")):  # an application
-                assert algorithms(space, towards) == {"bbr"}
-            assert algorithms(a, "dport = 15008") == algorithms(b, "sport = 15008") == {tunnel}
-            near.close()
-            far.close()
-        finally:
-            it.close()
-
-
-def algorithms(space: Space, which: str) -> set[str]:
-    """Congestion control of the connections in a namespace that match."""
-    text = space.run("ss", "-tiHO", "state", "established", which, capture_output=True, check=True).stdout
-    found = [re.search(r"\b(reno|bbr|cubic)\b", line) for line in text.splitlines()]
-    assert found and all(found), text
-    return {match[1] for match in found if match is not None}
 
 
 def test_each_side_may_end_first_and_the_other_goes_on(path: Mesh, listener: socket.socket):

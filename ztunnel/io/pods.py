@@ -70,8 +70,6 @@ class Listener:
             sockets.tune_local(self._sock)
         else:
             sockets.tune(self._sock)
-        if self._accept is inbound.accept_tunnel and pod.pacing:
-            sockets.unpace(self._sock)
         self._active = False
 
     def start(self) -> None:
@@ -147,17 +145,10 @@ class PodState:
         self.drain = Drain()
         self.gone = False
         self.listeners: list[Listener] = []
-        self.pacing = b""
-        """How tunnels to far peers are paced; see `sockets.pace_if_far`."""
         self._lingering: Lingering | None = None
         self._listen(fds)
 
     def _listen(self, fds: dict[str, int]) -> None:
-        try:
-            self.worker.namespaces.enter(self.netns)
-            self.pacing = sockets.pacing_algorithm()
-        except (OSError, AmbientError):
-            pass  # told when a connection needs the namespace
         for name, fd in fds.items():
             if name in _ACCEPT:
                 self.listeners.append(Listener(self.worker, self, name, fd))

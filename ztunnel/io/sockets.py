@@ -6,7 +6,6 @@ needs nothing of what the subclass adds.
 
 from __future__ import annotations
 
-import contextlib
 import ctypes
 import errno
 import os
@@ -21,11 +20,7 @@ Socket = socket.SocketType
 
 SO_COOKIE: Final = 57
 KEEPALIVE_S: Final = 180
-NEAR_US: Final = 1000
-"""Within this round trip there is no path whose queues pacing could spare."""
 CONNECT_TIMEOUT_S: Final = 10.0
-_WORD: Final = struct.Struct("=I")
-_RTT_AT: Final = 68  # tcpi_rtt of struct tcp_info
 _LINGER_RESET: Final = struct.pack("ii", 1, 0)
 _CLONE_NEWNET: Final = 0x40000000
 _IN_PROGRESS: Final = (errno.EINPROGRESS, errno.EALREADY)
@@ -80,31 +75,6 @@ def tune_local(sock: Socket) -> None:
     They keep the node's congestion control. Without pacing the kernel takes megabytes for an application that made its
     receive buffer small, and over loopback's long segments it then gets them by one window probe after the other."""
     sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-
-
-def unpace(sock: Socket) -> None:
-    """Before `connect` or `listen`: a connection that began with pacing is paced to its end.
-
-    Pacing (BBR) has the kernel start a timer for every few segments, which is a third of the time a stream costs. Reno
-    is in every kernel, may be chosen in every namespace and never paces."""
-    with contextlib.suppress(OSError):
-        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_CONGESTION, b"reno")
-
-
-def pacing_algorithm() -> bytes:
-    """The congestion control of the current namespace if it is one that paces, else empty."""
-    with contextlib.closing(Socket(socket.AF_INET, _FLAGS, 0)) as sock:
-        name = sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_CONGESTION, 16).rstrip(b"\0")
-    return name if name.startswith(b"bbr") else b""
-
-
-def pace_if_far(sock: Socket, algorithm: bytes) -> None:
-    """Give an open connection that began without it the algorithm that paces, unless its peer is near."""
-    if algorithm:
-        (round_trip_us,) = _WORD.unpack_from(sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 72), _RTT_AT)
-        if round_trip_us >= NEAR_US:
-            with contextlib.suppress(OSError):
-                sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_CONGESTION, algorithm)
 
 
 def tune(sock: Socket) -> None:

@@ -21,7 +21,6 @@ from ztunnel.core.http2 import CLIENT_LIMITS, SERVER_LIMITS, Connection, Role
 from ztunnel.core.output import Output
 from ztunnel.core.pool import PoolKey, Slot
 from ztunnel.core.streams import Stream
-from ztunnel.io import sockets
 from ztunnel.io.sockets import Connecting, Socket, address_text, stream_socket
 from ztunnel.io.tls import Credential, TlsRefused, check_client, check_server
 
@@ -356,8 +355,6 @@ class ClientTunnel(Tunnel):
     def __init__(self, worker: Worker, pod: PodState, key: PoolKey, credential: Credential) -> None:
         worker.namespaces.enter(pod.netns)
         super().__init__(worker, pod, stream_socket(key.ip))
-        if pod.pacing:
-            sockets.unpace(self.sock)
         self.remote = (key.ip, key.port)
         self._key = key
         self._credential = credential
@@ -379,7 +376,6 @@ class ClientTunnel(Tunnel):
             hint = ": does a NetworkPolicy forbid port 15008?" if error == errno.ETIMEDOUT else ""
             self.close(f"connect to {where}: {errno.errorcode.get(error, error)}{hint}", "CONNECT")
             return
-        sockets.pace_if_far(self.sock, self.pod.pacing)
         local = self.sock.getsockname()
         self.local = (local[0], local[1])
         self.handshake(self._credential.client)
@@ -496,7 +492,6 @@ class ServerTunnel(Tunnel):
         worker.tunnels.add(self)
 
     def begin(self) -> None:
-        sockets.pace_if_far(self.sock, self.pod.pacing)
         self.handshake(self._credential.server)
 
     def check_peer(self, tls: ssl.SSLObject) -> Identity:
