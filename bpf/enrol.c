@@ -35,13 +35,20 @@ static __always_inline void look(struct __sk_buff *skb, struct tuple_key *key, s
 	} else if (!(end->sighting & END_NONBLOCK)) {
 		end->sighting |= END_NONBLOCK;
 		end->seen_seq = consumed;
-	} else if (consumed != end->seen_seq && sock_edge(sock)) {
-		/* It could only send by redirection, and pays for being in a sockhash: FIONREAD, by which nginx knows that
-		 * there is more to read, does not count native bytes there on some kernels. */
-		end->sighting |= END_EDGE;
-		count(REASON_REDIRECT_EDGE);
 	} else if (consumed != end->seen_seq) {
 		struct hashed_value *mark = hashed.sk_storage_get(sk, 0, 0);
+		int waits = sock_waits(sock);
+
+		/* Such a socket could only send by redirection, and pays for being in a sockhash: FIONREAD, by which nginx
+		 * knows that there is more to read, does not count native bytes there on some kernels. */
+		if (waits == WAITS_SHORT) {
+			end->sighting |= END_EDGE;
+			count(REASON_REDIRECT_EDGE);
+			goto out;
+		}
+		/* Nobody: who will wait for it is not known. */
+		if (waits != WAITS_INPUT)
+			goto out;
 
 		/* Of an earlier connection: it may hold what it never read of that one. */
 		if (mark)

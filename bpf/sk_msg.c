@@ -73,7 +73,7 @@ int sk_msg(struct sk_msg_md *ctx)
 				   consumed == read32(peer->sock, OFF_TCP_RCV_NXT) && consumed != peer->seen_seq &&
 				   !read32(peer->sock, OFF_SOCK_OWNED);
 	}
-	seen.edge = sock_edge(peer->sock);
+	seen.edge = sock_waits(peer->sock) == WAITS_SHORT;
 	if (seen.forward < (__s32)seen.size)
 		seen.pressed = sock_pressed(peer->sock, seen.size);
 	if (!decide_redirect(&seen)) {

@@ -83,7 +83,7 @@ enum reason {
 	REASON_REDIRECT_PRESSED = 34,   /* memory may be short: the message went native, instead of ENOMEM for its sender */
 	REASON_REDIRECT_ZEROCOPY = 35,  /* sender uses SO_ZEROCOPY: not put into the sockhash */
 	REASON_REDIRECT_OPTION = 36,    /* TCP_ULP or SO_ZEROCOPY on a socket of the sockhash refused */
-	REASON_REDIRECT_EDGE = 37,      /* somebody waits edge-triggered: not put into the sockhash, or the message went native */
+	REASON_REDIRECT_EDGE = 37,      /* somebody waits edge-triggered or for RDHUP: not put into the sockhash, or native */
 	REASON_FOREIGN_SOURCE = 38,     /* same node, but the source address is not the pod's: not authorized, steered */
 	REASON_TUPLE_TAKEN = 39,        /* same node, but a flow that lives has these addresses: not authorized, steered */
 	REASON_MAX = 40,
@@ -327,7 +327,7 @@ _Static_assert(sizeof(struct origin_value) == 48, "origin_value");
 #define END_NONBLOCK 1          /* its file was O_NONBLOCK when last seen */
 #define END_INSERTED 2          /* it is, or was, in `sockets` */
 #define END_ZEROCOPY 4          /* SO_ZEROCOPY is set: never inserted */
-#define END_EDGE 8              /* somebody waits for it edge-triggered: never inserted */
+#define END_EDGE 8              /* somebody waits for it edge-triggered or for RDHUP: never inserted */
 #define END_READY 16            /* it may be inserted; it is as soon as the other end may be, too */
 
 /* flow_value.flags */

@@ -70,31 +70,41 @@ static __always_inline int sock_zerocopy(__u64 sock)
 	return (read64(sock, OFF_SOCK_FLAGS) >> SOCK_FLAG_ZEROCOPY) & 1;
 }
 
-#define EDGE 0x80000000u /* EPOLLET */
+#define EPOLL_IN 1u
+#define EPOLL_RDHUP 0x2000u
+#define EPOLL_EDGE 0x80000000u
 #define WAITERS_MAX 4
+#define WAITS_INPUT 1 /* somebody waits for input as often as there is some */
+#define WAITS_SHORT 2 /* somebody may take a short read for more than it says */
 
-/* Whether somebody waits for the socket edge-triggered. Such a waiter may take a short read for an empty socket; with
- * native bytes behind redirected ones that is wrong, and no event follows. A waiter of another kind (poll, select) is no
- * eppoll_entry: what is read of it means nothing, and it counts only if it leads to the socket's own file. */
-static __always_inline int sock_edge(__u64 sock)
+/* Who waits for the socket. By edges a short read means that it is empty, and with RDHUP (HAProxy) that it has ended;
+ * with native bytes behind redirected ones both is wrong. A waiter of another kind (poll, select) is no eppoll_entry: what is
+ * read of it means nothing, and it counts as epoll's only if it leads to the socket's own file. */
+static __always_inline int sock_waits(__u64 sock)
 {
 	__u64 queue = read64(sock, OFF_SOCK_WQ), head, node, item, file;
+	int found = 0;
 
 	if (!queue || read64(queue, OFF_WQ_ASYNC))
-		return 1;
+		return WAITS_SHORT;
 	file = read64(read64(sock, OFF_SOCK_SOCKET), OFF_SOCKET_FILE);
 	head = queue + OFF_WQ_HEAD;
 	node = read64(head, 0);
 #pragma unroll
 	for (int index = 0; index < WAITERS_MAX; index++) {
+		__u32 events;
+
 		if (!node || node == head)
-			return 0;
+			return found;
 		item = read64(node - OFF_EPOLL_ENTRY, OFF_EPOLL_BASE);
-		if (read32(item, OFF_EPITEM_EVENTS) & EDGE && read64(item, OFF_EPITEM_FILE) == file)
-			return 1;
+		events = read64(item, OFF_EPITEM_FILE) == file ? read32(item, OFF_EPITEM_EVENTS) : EPOLL_IN;
+		if (events & (EPOLL_EDGE | EPOLL_RDHUP))
+			return WAITS_SHORT;
+		if (events & EPOLL_IN)
+			found = WAITS_INPUT;
 		node = read64(node, 0);
 	}
-	return node != head;
+	return node != head ? WAITS_SHORT : found;
 }
 
 #ifdef OFF_MEMCG_MEMORY

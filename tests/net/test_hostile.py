@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import errno
+import select
 import socket
 import struct
 from dataclasses import replace
@@ -182,7 +183,8 @@ class TestRedirection:
         for option in ((socket.IPPROTO_TCP, TCP_ULP, b"tls"), (socket.SOL_SOCKET, SO_ZEROCOPY, 1)):
             with pytest.raises(PermissionError):
                 held.client.setsockopt(*option)
-        with accepted:
+        with accepted, select.epoll() as waits:
+            waits.register(accepted, select.EPOLLIN)
             for sock in (held.client, accepted):
                 sock.setblocking(False)
             for _ in range(20):

@@ -1,8 +1,7 @@
-"""TCP proxies that splice(): by default (`auto`) they are exact, and what `redirect` does to them.
+"""TCP proxies that splice() are exact, by default and also under `redirect`.
 
-node1: client ---- proxy ---- server, all on the kernel's path. Where splice() does not see redirected bytes, `auto`
-means `direct`. A Go proxy (io.Copy) waits edge-triggered, so its sockets stay out of redirection. HAProxy waits
-level-triggered: with `option splice-auto` it needs `direct`, without it is exact under `redirect` too.
+node1: client ---- proxy ---- server, all on the kernel's path. splice() does not see redirected bytes, but these
+proxies are recognised by how they wait: Go (io.Copy) by edges, HAProxy for RDHUP. Their sockets are never redirected.
 """
 
 from __future__ import annotations
@@ -11,7 +10,6 @@ import json
 import subprocess
 import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -142,7 +140,6 @@ def is_exact(found: list[Outcome], total: int) -> bool:
 
 
 def test_a_go_proxy_that_splices_is_exact_whatever_is_asked_for(site: Site, tell: Tell) -> None:
-    """Its sockets wait edge-triggered: also under `redirect` nothing from or to it is redirected."""
     with site.watch("goproxy") as front, site.watch("server") as back:
         half_closing(site, "goproxy", *HALVES)
         assert pipes(site) > 2, "it has spliced: its pipes are kept for the next time"
@@ -161,34 +158,26 @@ def pipes(site: Site) -> int:
     return int(site.run("sh", "-c", script, pod="goproxy"))
 
 
-def test_haproxy_that_copies_is_exact_whatever_is_asked_for(site: Site, tell: Tell, duplex: str) -> None:
+def test_haproxy_is_exact_whatever_is_asked_for(site: Site, tell: Tell, duplex: str) -> None:
     with site.watch("copying") as front, site.watch("server") as back:
         half_closing(site, "copying", *IN_TURNS)
         found = full_duplex(site, "copying", duplex, TOTAL)
     assert is_exact(found, TOTAL), found
     tell("client to HAProxy", front)
     tell("HAProxy to server", back)
+    assert front.redirected == back.redirected == 0
     assert spliced(site.directory, "copying") == 0
-    if site.acceleration == "redirect":
-        for moved in (front.to_server, front.to_client, back.to_server, back.to_client):
-            assert moved.redirected > 0
 
 
-def test_haproxy_that_splices_is_exact_by_default_and_not_when_redirected(site: Site, tell: Tell, duplex: str) -> None:
-    """Under `redirect` splice() passes redirected bytes by: other bytes than were sent arrive, or none any more."""
-    redirected = site.directory.name == "redirect" and not sees_all(site.mesh)
-    with ExitStack() as stack:
-        if not redirected:
-            seen = [stack.enter_context(site.watch(name)) for name in ("splicing", "server")]
-            half_closing(site, "splicing", *IN_TURNS)
+def test_haproxy_that_splices_is_exact_whatever_is_asked_for(site: Site, tell: Tell, duplex: str) -> None:
+    with site.watch("splicing") as front, site.watch("server") as back:
+        half_closing(site, "splicing", *IN_TURNS)
         for times in (5, 10, 20):  # until they last longer than IDLE_S
             found = full_duplex(site, "splicing", duplex, times * TOTAL)
-            exact = is_exact(found, times * TOTAL)
-            if not exact or (not redirected and spliced(site.directory, "splicing")):
+            if not is_exact(found, times * TOTAL) or spliced(site.directory, "splicing"):
                 break
-    print(f"HAProxy with splice-auto, acceleration {site.directory.name}: {found}")
-    assert spliced(site.directory, "splicing") > (0 if redirected else TOTAL)
-    assert exact is not redirected, "README says that splice() and redirection do not go together"
-    if not redirected:
-        tell("client to HAProxy with splice-auto", seen[0])
-        tell("HAProxy with splice-auto to server", seen[1])
+    assert is_exact(found, times * TOTAL), found
+    tell("client to HAProxy with splice-auto", front)
+    tell("HAProxy with splice-auto to server", back)
+    assert front.redirected == back.redirected == 0
+    assert spliced(site.directory, "splicing") > TOTAL

@@ -159,11 +159,14 @@ class Held:
         self.server, peer = listener.accept()
         listener.close()
         self.key = TupleKey(server.ip4, peer[0], port, peer[1])
+        self._waits = select.epoll()
         for sock in (self.client, self.server):
+            self._waits.register(sock, select.EPOLLIN)
             sock.setblocking(False)
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
 
     def close(self) -> None:
+        self._waits.close()
         self.client.close()
         self.server.close()
 

@@ -228,7 +228,7 @@ static void *writer(void *argument)
 static void start(struct flow *f, int fd, uint64_t id, int poll)
 {
 	int one = 1;
-	struct epoll_event event = {.events = EPOLLIN | EPOLLOUT | EPOLLRDHUP | (mode == 'e' ? EPOLLET : 0), .data.ptr = f};
+	struct epoll_event event = {.events = EPOLLIN | EPOLLOUT | (mode == 'e' ? EPOLLET | EPOLLRDHUP : 0), .data.ptr = f};
 
 	memset(f, 0, sizeof(*f));
 	f->fd = fd;
