@@ -57,6 +57,12 @@ def cookie(sock: socket.socket) -> int:
     return int.from_bytes(sock.getsockopt(socket.SOL_SOCKET, 57, 8), "little")
 
 
+def living(pod) -> set[int]:
+    """Cookies of its whole sockets: those of TIME_WAIT and its like hold no memory."""
+    with sock_diag.open_diag(pod.fd) as diag:
+        return {found.cookie for found in sock_diag.dump(diag) if found.held >= 0}
+
+
 def test_flows_are_taken_over_when_both_pods_are_back_and_end_with_their_sockets(upgraded):
     node, (a, b) = upgraded, upgraded.upgrade_pods
     first, second, third, over = (Held(node, a, b, port=6000 + n) for n in range(4))
@@ -106,10 +112,12 @@ def test_an_end_that_is_closed_already_is_not_waited_for_and_nobodys_flows_are_f
     node, (a, b) = upgraded, upgraded.upgrade_pods
     by_client, by_server = Held(node, a, b, port=6000), Held(node, a, b, port=6001)
     inheritance = upgrade(node)
-    for gone, left in ((by_client.client, by_client.server), (by_server.server, by_server.client)):
+    for pod, gone, left in ((a, by_client.client, by_client.server), (b, by_server.server, by_server.client)):
+        number = cookie(gone)
         gone.close()
         left.settimeout(5)
         assert left.recv(1) == b""
+        until(lambda pod=pod, number=number: number not in living(pod), "the FIN is acknowledged")
     forgetful = Inheritance(str(node.bpffs_dir), node.maps)
     assert forgetful.step({a.ip4: (a.cookie, a.fd)}, True) == set()
     assert forgetful.done and not len(node.maps.flows)
