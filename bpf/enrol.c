@@ -1,8 +1,9 @@
 /* enrol.c - tc ingress on the interface of a pod that wants `redirect`: puts its sockets into `sockets`.
  *
  * Only a socket whose application has read a native byte while its descriptor was O_NONBLOCK, as seen before and
- * after: a blocking recv() of a socket in a sockhash may fail with EAGAIN. That is known only after accept(), so not in
- * sock_ops, and a packet that arrives is the next occasion. Never touches the packet.
+ * after: a blocking recv() of a socket in a sockhash may fail with EAGAIN. And only if somebody was seen to wait for it
+ * in a way that takes a short read for no more than it is; who never waits may begin to in another way. That is known
+ * only after accept(), so not in sock_ops, and a packet that arrives is the next occasion. Never touches the packet.
  */
 
 #define TC_NEXT -1 /* TC_ACT_UNSPEC and TCX_NEXT: what else is attached decides */
@@ -13,7 +14,7 @@ static __always_inline void look(struct __sk_buff *skb, struct tuple_key *key, s
 	struct bpf_sock *sk;
 	__u64 sock;
 	__u32 consumed;
-	int file;
+	int file, waits;
 
 	end->lookups += 1;
 	end->seen_ns = now;
@@ -29,26 +30,26 @@ static __always_inline void look(struct __sk_buff *skb, struct tuple_key *key, s
 		count(REASON_REDIRECT_ZEROCOPY);
 		goto out;
 	}
-	consumed = read32(sock, OFF_TCP_COPIED_SEQ);
 	if (file != FILE_NONBLOCKING) {
 		end->sighting &= ~(END_NONBLOCK | END_READY);
-	} else if (!(end->sighting & END_NONBLOCK)) {
-		end->sighting |= END_NONBLOCK;
-		end->seen_seq = consumed;
-	} else if (consumed != end->seen_seq) {
-		struct hashed_value *mark = hashed.sk_storage_get(sk, 0, 0);
-		int waits = sock_waits(sock);
-
+		goto out;
+	}
+	waits = sock_waits(sock);
+	if (waits == WAITS_SHORT) {
 		/* Such a socket could only send by redirection, and pays for being in a sockhash: FIONREAD, by which nginx
 		 * knows that there is more to read, does not count native bytes there on some kernels. */
-		if (waits == WAITS_SHORT) {
-			end->sighting |= END_EDGE;
-			count(REASON_REDIRECT_EDGE);
-			goto out;
-		}
-		/* Nobody: who will wait for it is not known. */
-		if (waits != WAITS_INPUT)
-			goto out;
+		end->sighting |= END_EDGE;
+		count(REASON_REDIRECT_EDGE);
+		goto out;
+	}
+	if (waits == WAITS_INPUT)
+		end->sighting |= END_WAITED;
+	consumed = read32(sock, OFF_TCP_COPIED_SEQ);
+	if (!(end->sighting & END_NONBLOCK)) {
+		end->sighting |= END_NONBLOCK;
+		end->seen_seq = consumed;
+	} else if (consumed != end->seen_seq && end->sighting & END_WAITED) {
+		struct hashed_value *mark = hashed.sk_storage_get(sk, 0, 0);
 
 		/* Of an earlier connection: it may hold what it never read of that one. */
 		if (mark)

@@ -329,6 +329,7 @@ _Static_assert(sizeof(struct origin_value) == 48, "origin_value");
 #define END_ZEROCOPY 4          /* SO_ZEROCOPY is set: never inserted */
 #define END_EDGE 8              /* somebody waits for it edge-triggered or for RDHUP: never inserted */
 #define END_READY 16            /* it may be inserted; it is as soon as the other end may be, too */
+#define END_WAITED 32           /* somebody was seen to wait for it by level */
 
 /* flow_value.flags */
 #define FLOW_UNREPORTED 1       /* both ends are closed and the ring buffer was full: the reader sweeps it */
@@ -346,7 +347,7 @@ struct flow_end {
 	__u32 queued_messages;      /* redirected since the receiver's sk_rmem_alloc last read 0 */
 	__u32 state;                /* FLOW_* */
 	__u32 flags;                /* END_CLOSED */
-	__u32 sighting;             /* END_NONBLOCK, END_INSERTED, END_ZEROCOPY, END_EDGE, END_READY */
+	__u32 sighting;             /* END_NONBLOCK, END_INSERTED, END_ZEROCOPY, END_EDGE, END_READY, END_WAITED */
 	__u32 seen_seq;             /* copied_seq when first seen O_NONBLOCK, then when inserted */
 	__u32 lookups;              /* of the socket by the tc program, which are bounded */
 };

@@ -90,7 +90,7 @@ class TestEveryByteInOrder:
         small = duplex.run(flows=8, total=100_000, size=40)
         assert small.redirected > 10_000
         large = duplex.run(flows=4, total=8_000_000, size=262144)
-        assert large.redirected > 1_000_000
+        assert large.redirected > 100_000
 
     @at_several_bounds
     @pytest.mark.parametrize(("dial", "serve"), [("b", "b"), ("n", "b"), ("b", "n")])
@@ -106,7 +106,7 @@ class TestEveryByteInOrder:
     def test_an_application_that_turns_blocking_half_way(self, node, duplex, dial, serve, high):
         node.reset(acceleration=CAN, high_bytes=high)
         counted = node.counted()
-        done = duplex.run(dial=dial, serve=serve, total=4_000_000)
+        done = duplex.run(dial=dial, serve=serve, total=4_000_000, pause_us=1000)
         assert done.redirected > 0
         assert counted("redirect_blocking") >= 1
 
@@ -122,7 +122,7 @@ class TestEveryByteInOrder:
     def test_applications_that_turn_blocking_and_back_and_again(self, node, duplex, high):
         node.reset(acceleration=CAN, high_bytes=high)
         counted = node.counted()
-        done = duplex.run(dial="w", serve="w", total=4_000_000)
+        done = duplex.run(dial="w", serve="w", total=4_000_000, pause_us=1000)
         assert done.redirected > 0
         assert counted("redirect_blocking") >= 1
 
@@ -151,7 +151,7 @@ class TestEveryByteInOrder:
     def test_resets_and_closing_with_unread_bytes(self, node, duplex, end, high):
         """What arrives is right; how much arrives is up to who gives up."""
         node.reset(acceleration=CAN, high_bytes=high)
-        done = duplex.run(end=end, total=4_000_000)
+        done = duplex.run(end=end, total=4_000_000, pause_us=1000)
         assert done.redirected > 0
 
     @at_several_bounds
@@ -160,7 +160,7 @@ class TestEveryByteInOrder:
         began = time.monotonic()
         flows = redirected = 0
         for batch in range(20):
-            done = duplex.run(flows=500, total=6000, size=1500, seed=batch)
+            done = duplex.run(flows=500, total=24_000, size=1500, seed=batch)
             flows += len(done.flows)
             redirected += done.redirected
         assert flows == 10_000
