@@ -79,7 +79,7 @@ def test_errors_and_a_stream_that_was_not_redirected_make_a_run_fail() -> None:
     assert run_of(("stream_16k", "mesh_redirect", good), ("rtt_1", "mesh_redirect", bad)).failures() == []
     (said,) = run_of(("stream_16k", "mesh_redirect", bad)).failures()
     assert "only 40% was redirected" in said
-    assert run_of(("stream_1k", "mesh_redirect", bad)).failures() == []  # small messages go natively on purpose
+    assert run_of(("stream_1k", "mesh_redirect", bad)).failures()
     (row,) = run_of(("stream_16k", "mesh_redirect", bad)).rows()
     assert (row["redirected_bytes"], row["native_bytes"]) == (40, 60)
     assert run_of(("http_1", "mesh_off", {"per_s": 1.0, "errors": 2.0})).failures()
