@@ -59,6 +59,15 @@ def start(many_binary):
 
 
 @pytest.fixture
+def loaded_node(netlab):
+    """A node of its own: sockets that other tests left may hold records for a while."""
+    own = netlab.node("leak")
+    yield own
+    own.close()
+    netlab.nodes.remove(own)
+
+
+@pytest.fixture
 def pending(node):
     found = Pending(node.bpffs_dir)
     yield found
