@@ -20,15 +20,19 @@ class Counted:
         return self._maps.counters().get(reason, 0) - self._before.get(reason, 0)
 
 
-def takes_the_kernel_path(mesh: Mesh, maps: Maps, namespace: str, host: str, port: int) -> dict[str, Any] | None:
+def takes_the_kernel_path(
+    mesh: Mesh, maps: Maps, namespace: str, host: str, port: int, client: str = "a"
+) -> dict[str, Any] | None:
     counted = Counted(maps)
-    found = mesh.call(namespace, "a", host, port)
+    found = mesh.call(namespace, client, host, port)
     return found if found.get("echoed") == "hello" and counted["kernel"] >= 2 and not counted["captured"] else None
 
 
-def await_kernel_path(mesh: Mesh, maps: Maps, namespace: str, host: str, port: int) -> None:
+def await_kernel_path(mesh: Mesh, maps: Maps, namespace: str, host: str, port: int, client: str = "a") -> None:
     """The World has to know both pods before a verdict can be written."""
-    eventually(lambda: takes_the_kernel_path(mesh, maps, namespace, host, port) is not None, 20, "the kernel path")
+    eventually(
+        lambda: takes_the_kernel_path(mesh, maps, namespace, host, port, client) is not None, 20, "the kernel path"
+    )
 
 
 def into(maps: Maps, address: str) -> list[Any]:
