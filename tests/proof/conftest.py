@@ -9,7 +9,7 @@ import pytest
 
 from ambient.errors import AmbientError
 from tests.support.flows import Witness
-from tests.support.mesh import Mesh
+from tests.support.mesh import Mesh, pod, service
 from tests.support.require import require
 from tests.support.upgrade import CopiedMesh
 
@@ -35,6 +35,20 @@ def neighbour(tmp_path_factory: pytest.TempPathFactory) -> Iterator[CopiedMesh]:
         yield found
     finally:
         found.down()
+
+
+@pytest.fixture(scope="module")
+def shop(mesh: Mesh) -> Iterator[str]:
+    """a and c on node1, b on node2, in the mesh; a module may have another of the name."""
+    with mesh.namespace(pod("a", "node1"), pod("b", "node2"), pod("c", "node1"), service("b"), service("c")) as name:
+        yield name
+
+
+@pytest.fixture(scope="module")
+def outside(mesh: Mesh) -> Iterator[str]:
+    """x on node1, not in the mesh."""
+    with mesh.namespace(pod("x", "node1"), enrolled=False) as name:
+        yield name
 
 
 @pytest.fixture

@@ -36,18 +36,6 @@ SHOP = Path(__file__).parents[2] / "examples" / "shop"
 SECRET = "plain-to-see-48151623"
 
 
-@pytest.fixture(scope="module")
-def shop(mesh: Mesh) -> Iterator[str]:
-    with mesh.namespace(pod("a", "node1"), pod("b", "node2"), pod("c", "node1"), service("b"), service("c")) as name:
-        yield name
-
-
-@pytest.fixture(scope="module")
-def outside(mesh: Mesh) -> Iterator[str]:
-    with mesh.namespace(pod("x", "node1"), enrolled=False) as name:
-        yield name
-
-
 def say_secret(mesh: Mesh, shop: str, host: str, port: int = 80) -> tuple[bool, bool]:
     """Call b with a text: whether it was readable between the nodes, and whether a tunnel was there."""
     with mesh.capture() as wire:

@@ -6,7 +6,6 @@ import json
 import os
 import signal
 import time
-from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -16,21 +15,9 @@ from ambient.datapath.layout import LAYOUT
 from ambient.datapath.values import WorkloadValue
 from ambient.io.bpf_maps import Maps
 from ambient.lab.driver import CommandFailed, eventually
-from tests.support.mesh import PORT, STRICT, Mesh, authorization, pod, service
+from tests.support.mesh import PORT, STRICT, Mesh, authorization
 
 pytestmark = [pytest.mark.lab, pytest.mark.net]
-
-
-@pytest.fixture(scope="module")
-def shop(mesh: Mesh) -> Iterator[str]:
-    with mesh.namespace(pod("a", "node1"), pod("b", "node2"), pod("c", "node1"), service("b"), service("c")) as name:
-        yield name
-
-
-@pytest.fixture(scope="module")
-def outside(mesh: Mesh) -> Iterator[str]:
-    with mesh.namespace(pod("x", "node1"), enrolled=False) as name:
-        yield name
 
 
 def why(mesh: Mesh, source: str, destination: str) -> tuple[dict[str, Any], list[dict[str, Any]]]:

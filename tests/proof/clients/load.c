@@ -231,7 +231,7 @@ static void report(void)
 	       before.reset, before.timeout, kept_open, kept_opened, kept_requests, kept_lost, kept_slowest / 1e3);
 }
 
-static void obey(char *line)
+static void obey(const char *line)
 {
 	int pid, number;
 
@@ -251,27 +251,6 @@ static void obey(char *line)
 		fprintf(stderr, "no command: %s\n", line);
 		exit(3);
 	}
-}
-
-/* False at the end of standard input. */
-static int commands(void)
-{
-	static char text[4096];
-	static size_t used;
-	char *end;
-	ssize_t count = read(0, text + used, sizeof(text) - 1 - used);
-
-	if (count <= 0)
-		return count < 0 && errno == EAGAIN;
-	used += count;
-	text[used] = 0;
-	while ((end = strchr(text, '\n'))) {
-		*end = 0;
-		obey(text);
-		used -= end + 1 - text;
-		memmove(text, end + 1, used + 1);
-	}
-	return 1;
 }
 
 static void overdue(uint64_t now)
@@ -305,7 +284,7 @@ static int drive(double rate)
 		for (int i = 0; i < count; i++) {
 			struct connection *c = events[i].data.ptr;
 			if (!c) {
-				if (!commands())
+				if (!commands(obey))
 					return 0;
 			} else if (c->state == CONNECTING) {
 				writable(c);

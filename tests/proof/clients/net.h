@@ -99,4 +99,26 @@ static inline void begin_process(unsigned int seconds)
 	}
 	setvbuf(stdout, NULL, _IOLBF, 0);
 }
+
+/* Gives each line of standard input to obey(); false at its end. */
+static inline int commands(void (*obey)(const char *line))
+{
+	static char text[4096];
+	static size_t used;
+	char *end;
+	ssize_t count = read(0, text + used, sizeof(text) - 1 - used);
+
+	if (count <= 0)
+		return count < 0 && errno == EAGAIN;
+	used += count;
+	text[used] = 0;
+	while ((end = strchr(text, '\n'))) {
+		*end = 0;
+		obey(text);
+		used -= end + 1 - text;
+		memmove(text, end + 1, used + 1);
+	}
+	return 1;
+}
+
 #endif

@@ -311,27 +311,6 @@ static void obey(const char *line)
 	}
 }
 
-/* False at the end of standard input. */
-static int commands(void)
-{
-	static char text[4096];
-	static size_t used;
-	char *end;
-	ssize_t count = read(0, text + used, sizeof(text) - 1 - used);
-
-	if (count <= 0)
-		return count < 0 && errno == EAGAIN;
-	used += count;
-	text[used] = 0;
-	while ((end = strchr(text, '\n'))) {
-		*end = 0;
-		obey(text);
-		used -= end + 1 - text;
-		memmove(text, end + 1, used + 1);
-	}
-	return 1;
-}
-
 static void begin(const struct head *head, const struct sockaddr_storage *target, socklen_t length, uint64_t key)
 {
 	int fd = socket(target->ss_family, SOCK_STREAM | SOCK_CLOEXEC, 0);
@@ -372,7 +351,7 @@ static int run(int listener)
 		for (int i = 0; i < count; i++) {
 			struct connection *c = events[i].data.ptr;
 			if (!c) {
-				if (!commands())
+				if (!commands(obey))
 					return 0;
 			} else if ((void *)c == (void *)&epoll_) {
 				int fd;
