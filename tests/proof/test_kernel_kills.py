@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 import signal
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import ExitStack
 
 import pytest
@@ -57,6 +57,11 @@ def steady_flows(maps: Maps, addresses: set[str]) -> dict[TupleKey, FlowValue]:
     return {k: v for k, v in maps.flows.items() if k.local in addresses and k.local_port == STEADY_PORT}
 
 
+def ends(flows: Iterable[TupleKey]) -> set[tuple[str, str]]:
+    """Both ends of each, the client's first."""
+    return {(f"{k.remote}:{k.remote_port}", f"{k.local}:{k.local_port}") for k in flows}
+
+
 def redirected(flows: dict[TupleKey, FlowValue]) -> int:
     return sum(flow.client.redirect_bytes + flow.server.redirect_bytes for flow in flows.values())
 
@@ -82,14 +87,14 @@ def test_a_kill_loses_no_byte_of_any_flow_and_leaves_the_maps_right(
         asking = stack.enter_context(steady(mesh, trio, "a", "e", *targets, count=ASKING))
         new = stack.enter_context(load(mesh, trio, "a", mesh.address(trio, "d"), PORT, rate=100, kept=2))
         clients = (both, asking)
-        ports = both.ports() | asking.ports()
-        assert len(ports) == 2 * (BOTH_WAYS + ASKING)
+        connections = both.ends() | asking.ends()
+        assert len(connections) == 2 * (BOTH_WAYS + ASKING)
 
         def flows() -> dict[TupleKey, FlowValue]:
             return steady_flows(maps, {b, c})
 
         before = flows()
-        assert {k.remote_port for k in before} == ports, "all of them are the kernel's"
+        assert ends(before) == connections, "all of them are the kernel's"
         wanted = {b: LAYOUT["ACCELERATION_REDIRECT"], c: LAYOUT["ACCELERATION_DIRECT"]}
         assert all(flow.acceleration == wanted[key.local] for key, flow in before.items())
         eventually(lambda: redirected(flows()) > 1_000_000, 10, "bytes to be redirected")
@@ -107,8 +112,7 @@ def test_a_kill_loses_no_byte_of_any_flow_and_leaves_the_maps_right(
         eventually(lambda: is_back(mesh, "node1"), 30, "node1 to be whole again")
 
         # the maps are right
-        mesh_says = {(k.local, k.remote_port) for k in flows()}
-        assert {port for _, port in mesh_says} == ports and len(mesh_says) == len(ports)
+        assert ends(flows()) == connections
         eventually(lambda: not mesh.rows("diff", "--node", "node1"), 15, "no drift")
         # and everything goes on: redirected, direct, and what is new
         assert redirected(flows()) > moved + 500_000
@@ -121,12 +125,12 @@ def test_a_kill_loses_no_byte_of_any_flow_and_leaves_the_maps_right(
         assert fresh["ok"] == fresh["started"] >= 100
 
         # to the last byte
-        ends = [client.finish() for client in clients]
+        said = [client.finish() for client in clients]
         eventually(lambda: not any(server.report()["open"] for server in servers), 5, "the servers to see the ends")
         heard = [server.report() for server in servers]
-        print(f"{role}: {at}\n{ends}\n{heard}\nnew: {fresh}")
-        for one in (*ends, *heard):
+        print(f"{role}: {at}\n{said}\n{heard}\nnew: {fresh}")
+        for one in (*said, *heard):
             assert (one["lost"], one["wrong"], one["open"], one["enomem"]) == (0, 0, 0, 0), (one, both.said)
-        assert sum(e["sent"] for e in ends) == sum(h["got"] for h in heard)
-        assert sum(e["got"] for e in ends) == sum(h["sent"] for h in heard)
+        assert sum(e["sent"] for e in said) == sum(h["got"] for h in heard)
+        assert sum(e["got"] for e in said) == sum(h["sent"] for h in heard)
     eventually(lambda: not flows(), 10, "the flows to end")

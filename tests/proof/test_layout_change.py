@@ -91,15 +91,16 @@ def restart_with_another_layout(mesh: CopiedMesh) -> tuple[Path, Path]:
     return directory / old, directory / new
 
 
-def rows_of(mesh: CopiedMesh, ports: set[int]) -> list[dict[str, Any]]:
+def rows_of(mesh: CopiedMesh, ends: set[tuple[str, str]]) -> list[dict[str, Any]]:
     """What the layout that is at work knows of these connections; empty until it knows all of them."""
-    rows = [row for row in mesh.rows("flows", "--node", "node1") if int(row["client"].rpartition(":")[2]) in ports]
+    clients = {own for own, _ in ends}
+    rows = [row for row in mesh.rows("flows", "--node", "node1") if row["client"] in clients]
     rows = [row for row in rows if row["path"] in ("direct", "redirect")]
-    return rows if len(rows) == len(ports) else []
+    return rows if len(rows) == len(clients) else []
 
 
-def redirects(mesh: CopiedMesh, ports: set[int]) -> int:
-    return sum(int(row["redirected"]) for row in rows_of(mesh, ports))
+def redirects(mesh: CopiedMesh, ends: set[tuple[str, str]]) -> int:
+    return sum(int(row["redirected"]) for row in rows_of(mesh, ends))
 
 
 def pins_of(layout: Path) -> list[str]:
@@ -116,17 +117,17 @@ def test_no_byte_is_lost_the_old_layout_drains_and_what_is_new_is_the_new_ones(
         steady(neighbour, pair, "a", "s", b, count=STREAMS, size=16384, pause_us=2000) as streams,
         steady(neighbour, pair, "c", "e", b, count=REFUSED) as refused,
     ):
-        ports = both.ports() | streams.ports()
-        eventually(lambda: redirects(neighbour, ports) > 5_000_000, 15, "bytes to be redirected")
+        moving = both.ends() | streams.ends()
+        eventually(lambda: redirects(neighbour, moving) > 5_000_000, 15, "bytes to be redirected")
 
         old, new = restart_with_another_layout(neighbour)
 
         # the flows are known to the new layout, move on, and from now on natively only
-        taken = eventually(lambda: rows_of(neighbour, ports | refused.ports()), 15, "the flows to be taken over")
+        taken = eventually(lambda: rows_of(neighbour, moving | refused.ends()), 15, "the flows to be taken over")
         assert {row["path"] for row in taken} == {"direct"}
         assert sorted(path.name for path in old.iterdir()) == ["maps"]
         eventually(lambda: pins_of(old) == ["settings", "sockets"], 5, "the rest of the old layout to be gone")
-        assert (held(old), held(new)) == (2 * len(ports), 0)
+        assert (held(old), held(new)) == (2 * len(moving), 0)
         assert neighbour.agent("node1")["draining"] == [old.name]
         redirected, sent = around_tcp(neighbour, pair, both, streams), streams.report()["sent"]
         assert redirected > 5_000_000 / 2, "of both directions one is a's"
@@ -138,9 +139,9 @@ def test_no_byte_is_lost_the_old_layout_drains_and_what_is_new_is_the_new_ones(
 
         # what is new is the new layout's
         with steady(neighbour, pair, "a", "d", b, count=LATER, pause_us=5000) as later:
-            fresh = later.ports()
+            fresh = later.ends()
             eventually(lambda: redirects(neighbour, fresh) > 500_000, 15, "new bytes to be redirected")
-            assert (held(old), held(new)) == (2 * len(ports), 2 * LATER)
+            assert (held(old), held(new)) == (2 * len(moving), 2 * LATER)
             ends = [finished(later, LATER)]
 
         # a right that is lost ends what the old layout let in, and nothing else

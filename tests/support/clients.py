@@ -137,9 +137,9 @@ class Steady:
         """Signal a process with SIGKILL; the report as of that moment."""
         return self._ask(f"kill {pid} 9")
 
-    def ports(self) -> set[int]:
-        """Local ports of the open connections."""
-        return set(self._ask("ports", answer='{"ports"')["ports"])
+    def ends(self) -> set[tuple[str, str]]:
+        """Both ends of the open connections, the own one first. Connections to two servers may share a port."""
+        return {(own, remote) for own, remote in self._ask("ends", answer='{"ends"')["ends"]}
 
     def pause(self) -> None:
         """No more messages begin."""

@@ -13,11 +13,13 @@
  *   report            print one JSON line: connections open, moving (bytes came within the last second), lost; bytes sent,
  *                     got and wrong; "idle": longest time in ms an open connection got nothing
  *   kill PID SIGNAL   signal a process, and report as of that moment
- *   ports             print the local ports of the open connections
+ *   ends              print both ends of the open connections, the own one first
  *   pause, go         (drive) begin no new messages, and again
  *   finish            (drive) end all connections properly, and report when all have ended
  */
 #include "net.h"
+
+#include <netdb.h>
 
 #define CONNECTIONS_MAX 4096
 #define CHUNK 65536
@@ -270,18 +272,32 @@ static void report(void)
 	       open, moving, opened, ended, lost, sent_all, got_all, wrong, no_memory, idle / 1e3, now / 1e6);
 }
 
-static void ports(void)
+/* "address:port", with brackets around an IPv6 address. */
+static const char *named(const struct sockaddr_storage *address, socklen_t length, char *out, size_t room)
 {
-	const char *before = "{\"ports\": [";
+	char host[INET6_ADDRSTRLEN], port[8];
+
+	if (getnameinfo((const struct sockaddr *)address, length, host, sizeof(host), port, sizeof(port),
+			NI_NUMERICHOST | NI_NUMERICSERV))
+		return "?";
+	snprintf(out, room, address->ss_family == AF_INET6 ? "[%s]:%s" : "%s:%s", host, port);
+	return out;
+}
+
+static void ends(void)
+{
+	const char *before = "{\"ends\": [";
 
 	for (int i = 0; i < highest; i++) {
-		struct sockaddr_storage own;
-		socklen_t length = sizeof(own);
+		struct sockaddr_storage own, theirs;
+		socklen_t own_length = sizeof(own), their_length = sizeof(theirs);
+		char from[64], to[64];
 
-		if (!connections[i].used || getsockname(connections[i].fd, (struct sockaddr *)&own, &length))
+		if (!connections[i].used || getsockname(connections[i].fd, (struct sockaddr *)&own, &own_length) ||
+		    getpeername(connections[i].fd, (struct sockaddr *)&theirs, &their_length))
 			continue;
-		/* the port has the same place in both families */
-		printf("%s%d", before, ntohs(((struct sockaddr_in *)&own)->sin_port));
+		printf("%s[\"%s\", \"%s\"]", before, named(&own, own_length, from, sizeof(from)),
+		       named(&theirs, their_length, to, sizeof(to)));
 		before = ", ";
 	}
 	printf("%s]}\n", *before == '{' ? before : "");
@@ -297,8 +313,8 @@ static void obey(const char *line)
 		report();
 	} else if (!strcmp(line, "report")) {
 		report();
-	} else if (!strcmp(line, "ports")) {
-		ports();
+	} else if (!strcmp(line, "ends")) {
+		ends();
 	} else if (client_ && (!strcmp(line, "pause") || !strcmp(line, "go"))) {
 		pausing = *line == 'p';
 		report();
