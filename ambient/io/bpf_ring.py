@@ -15,7 +15,6 @@ import ctypes
 import mmap
 import os
 import struct
-from collections.abc import Iterator
 from typing import Final
 
 from ambient.io import bpf_sys
@@ -71,9 +70,3 @@ class RingReader:
     def consume(self, position: int) -> None:
         """Give the room of what was read up to there back to the programs."""
         self._position.value = position
-
-    def read(self, limit: int = 1024) -> Iterator[bytes]:
-        """Records, oldest first; all count as consumed when the first is given."""
-        records, position = self.peek(limit)
-        self.consume(position)
-        yield from records

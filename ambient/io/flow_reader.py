@@ -1,9 +1,8 @@
 """Flows that the kernel authorized: each closed one exactly once, and the living with their bytes.
 
 A flow that ends is deleted from `flows` by whoever reports it, so it is either in the ring buffer or, when that was
-full, still in the map: `closed` reads the one, `sweep` takes the other. The ring buffer's position lives in the kernel,
-so what ends while nobody reads is read later. Lost is only what `closed` had read and a killed process had not yet
-used; `ended` and `consume` lose nothing.
+full, still in the map: `ended` reads the one, `sweep` takes the other. The ring buffer's position lives in the kernel,
+so what ends while nobody reads is read later, and nothing that a killed process had not used is lost.
 """
 
 from __future__ import annotations
@@ -14,7 +13,7 @@ from dataclasses import dataclass
 from typing import Final
 
 from ambient.datapath.layout import LAYOUT
-from ambient.datapath.values import FlowEvent, FlowValue, TupleKey
+from ambient.datapath.values import FlowValue, TupleKey
 from ambient.errors import AmbientError
 from ambient.io import sock_diag
 from ambient.io.bpf_maps import Maps
@@ -51,7 +50,7 @@ def bytes_received(flow: FlowValue) -> int:
 
 
 class FlowReader:
-    """On a node's open maps, which stay the caller's. Only one process may call `closed`."""
+    """On a node's open maps, which stay the caller's. Only one process may call `consume`."""
 
     def __init__(self, maps: Maps) -> None:
         self._maps = maps
@@ -73,26 +72,17 @@ class FlowReader:
             self._ring.close()
             self._ring = None
 
-    def closed(self, limit: int = 4096) -> Iterator[FlowEvent]:
-        """Flows that ended since the last call, oldest first. Raises BpfFault, OSError."""
-        for raw in self._reader().read(limit):
-            yield FlowEvent.decode(raw)
-
     def ended(self, limit: int) -> tuple[list[bytes], int]:
-        """The same as undecoded flow_events, and the position for `consume` once they are used."""
+        """Flows that ended since what was consumed, oldest first, as undecoded flow_events, and the position for
+        `consume` once they are used. Raises BpfFault, OSError."""
         return self._reader().peek(limit)
 
     def consume(self, position: int) -> None:
         self._reader().consume(position)
 
-    def sweep(self) -> Iterator[FlowEvent]:
+    def sweep(self) -> Iterator[bytes]:
         """Flows that ended and found no room in the ring buffer, and those whose client had ended at the last sweep:
-        nothing moves in them any more, and a server that never closes its ends would fill the map."""
-        for raw in self.sweep_raw():
-            yield FlowEvent.decode(raw)
-
-    def sweep_raw(self) -> Iterator[bytes]:
-        """The same as undecoded flow_events."""
+        nothing moves in them any more, and a server that never closes its ends would fill the map. As `ended`'s."""
         table = self._maps.tables["flows"]
         half: set[tuple[bytes, int]] = set()
         for raw, value in table.items():

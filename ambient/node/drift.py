@@ -43,7 +43,7 @@ def compare(kernel: Kernel, pods: Pods) -> list[Row]:
 
 
 def _enrolled(kernel: Kernel, members: list[Member], flux: list[Member], names: Names) -> list[Row]:
-    wanted: dict[int, EnrolledValue] = {m.cookie: kernel.enrolled_value(*m.enrolled_as()) for m in members}
+    wanted: dict[int, EnrolledValue] = {m.cookie: kernel.enrolled_value(m.described()) for m in members}
     moving = {m.cookie for m in flux}
     actual = {cookie: value for cookie, value in kernel.maps.enrolled.items() if cookie not in moving}
     return drift.compare("enrolled", wanted, actual, names, drift.same_enrolled)

@@ -29,8 +29,6 @@ from ambient.datapath.values import (
 from ambient.errors import AmbientError, PlatformFault
 from ambient.io import bpf_links, cgroup
 from ambient.io.bpf_maps import Maps, TypedMap
-from ambient.manifest.acceleration import Acceleration
-from ambient.model.identity import Identity
 from ambient.model.world import World
 from ambient.node.crowd import Crowd
 from ambient.node.records import Names
@@ -318,40 +316,23 @@ class Kernel:
             for _, kind in _KINDS:
                 self.maps.listeners.delete(address, kind)
 
-    def enrolled_value(
-        self,
-        addresses: Iterable[str],
-        workload_uid: str,
-        open_on_failure: bool,
-        bypass: bool,
-        identity: Identity | None,
-        acceleration: Acceleration,
-    ) -> EnrolledValue:
-        found = list(addresses)
-        open_flag, bypass_flag = LAYOUT["ENROLLED_OPEN"], LAYOUT["ENROLLED_BYPASS"]
+    def enrolled_value(self, pod: LocalPod) -> EnrolledValue:
+        """What the hooks know of the pod as a source of connections."""
+        open_flag = LAYOUT["ENROLLED_OPEN"] if pod.open else 0
+        bypass_flag = LAYOUT["ENROLLED_BYPASS"] if pod.bypass else 0
         return EnrolledValue(
-            next((a for a in found if ":" not in a), ""),
-            next((a for a in found if ":" in a), ""),
-            self.number(workload_uid),
-            flags=(open_flag if open_on_failure else 0)
-            | (bypass_flag if bypass else 0)
-            | entries.enrolled_flags(acceleration),
-            identity=self.same_node.identity(identity) if identity is not None else 0,
+            next((a for a in pod.addresses if ":" not in a), ""),
+            next((a for a in pod.addresses if ":" in a), ""),
+            self.number(pod.workload_uid),
+            flags=open_flag | bypass_flag | entries.enrolled_flags(pod.acceleration),
+            identity=self.same_node.identity(pod.identity) if pod.identity is not None else 0,
         )
 
-    def put_enrolled(
-        self,
-        cookie: int,
-        addresses: Iterable[str],
-        workload_uid: str,
-        open_on_failure: bool,
-        bypass: bool,
-        identity: Identity | None,
-        acceleration: Acceleration,
-    ) -> None:
-        value = self.enrolled_value(addresses, workload_uid, open_on_failure, bypass, identity, acceleration)
+    def put_enrolled(self, netns_cookie: int, pod: LocalPod) -> None:
+        """Raises BpfFault: no room."""
+        value = self.enrolled_value(pod)
         self._names.save()
-        self.maps.put_enrolled(cookie, value)
+        self.maps.put_enrolled(netns_cookie, value)
 
     def remove_enrolled(self, cookie: int) -> None:
         self.maps.enrolled.delete(cookie)

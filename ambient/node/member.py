@@ -63,11 +63,9 @@ class Member:
     def title(self) -> str:
         return f"{self.record.namespace}/{self.record.name}"
 
-    def local_pod(self) -> LocalPod | None:
-        """What the map of addresses shall say of it; None if it owns none."""
+    def described(self) -> LocalPod:
+        """The pod as the maps shall hold it."""
         record = self.record
-        if record.gone or not record.addresses or not record.generation:
-            return None
         return LocalPod(
             self.workload_uid,
             record.addresses,
@@ -78,6 +76,11 @@ class Member:
             identity=self.identity,
             acceleration=self.acceleration,
         )
+
+    def local_pod(self) -> LocalPod | None:
+        """What the map of addresses shall say of it; None if it owns none."""
+        record = self.record
+        return None if record.gone or not record.addresses or not record.generation else self.described()
 
     @property
     def identity(self) -> Identity | None:
@@ -91,12 +94,6 @@ class Member:
     def acceleration(self) -> Acceleration:
         """As wanted, `auto` resolved for this kernel."""
         return resolve(Acceleration(self.record.acceleration), auto_redirect=self.auto_redirect)
-
-    def enrolled_as(self) -> tuple[tuple[str, ...], str, bool, bool, Identity | None, Acceleration]:
-        """Addresses, workload, open on failure, bypassed, identity, acceleration: what `Kernel.put_enrolled` takes."""
-        record = self.record
-        bypass = record.bypass
-        return record.addresses, self.workload_uid, record.open_on_failure, bypass, self.identity, self.acceleration
 
     def message(self, number: int) -> m.Pod:
         record = self.record
@@ -172,7 +169,7 @@ class MemberSteps:
 
     async def put_enrolled(self) -> None:
         member = self._member
-        self._kernel.put_enrolled(member.cookie, *member.enrolled_as())
+        self._kernel.put_enrolled(member.cookie, member.described())
 
     async def annotate(self, enabled: bool) -> None:
         await self._annotate(self._member, enabled)

@@ -32,6 +32,7 @@ from ambient.node.crowd import FROM, Crowd
 from ambient.node.records import Names
 from ambient.node.redirection import Redirection
 from ambient.node.same_node import SameNode
+from tests.support.flows import closed, swept
 from tests.support.netlab import run_ip, until
 from tests.support.redirect import CAN, Held, enrol, read
 
@@ -291,14 +292,14 @@ class TestRoom:
         one.client.setsockopt(socket.IPPROTO_TCP, TCP_REPAIR, 1)
         one.client.close()  # in repair, TCP says nothing
         reader = FlowReader(node.maps)
-        list(reader.closed())
+        closed(reader)
         assert node.maps.flows[one.key].client.flags & LAYOUT["END_CLOSED"]
-        assert not list(reader.sweep()), "the server may be about to close"
-        (event,) = reader.sweep()
+        assert not swept(reader), "the server may be about to close"
+        (event,) = swept(reader)
         assert (event.key, bytes_sent(event.value), bytes_received(event.value)) == (one.key, 3, 0)
         assert not node.maps.flows.items()
         one.server.close()
-        assert not list(reader.closed()), "told of once"
+        assert not closed(reader), "told of once"
         reader.close()
 
     def test_a_flow_whose_server_is_gone_stays_with_its_client(self, node, pods):
@@ -307,7 +308,7 @@ class TestRoom:
         one.server.close()
         reader = FlowReader(node.maps)
         for _ in range(3):
-            assert not list(reader.sweep())
+            assert not swept(reader)
         assert one.key in node.maps.flows
         one.client.close()
         reader.close()
@@ -328,8 +329,8 @@ class TestRoom:
         client.puppet().connect(server.ip4, 80)
         assert client.ztunnel_accept()[0]
         reader = FlowReader(node.maps)
-        assert not list(reader.sweep())
-        assert len(list(reader.sweep())) == FROM
+        assert not swept(reader)
+        assert len(swept(reader)) == FROM
         assert crowd.look(2.0), "not counted at every look"
         assert not crowd.look(9.0)
         node.reset(acceleration=CAN)

@@ -11,6 +11,7 @@ from ambient.io import bpf_drain, sock_diag
 from ambient.io.bpf_maps import Maps
 from ambient.io.flow_reader import FlowReader
 from ambient.node.inherit import Inheritance
+from tests.support.flows import closed
 from tests.support.netlab import until
 from tests.support.redirect import CAN, WANTS, Held, enrol
 
@@ -89,7 +90,7 @@ def test_flows_are_taken_over_when_both_pods_are_back_and_end_with_their_sockets
     assert bpf_drain.drain_others(node.bpffs_dir) == [OLD]
     assert Inheritance(str(node.bpffs_dir), node.maps).done
     reader = FlowReader(node.maps)
-    assert list(reader.closed()) == []
+    assert closed(reader) == []
     first.client.close()
     first.server.close()
     second.server.close()
@@ -101,7 +102,7 @@ def test_flows_are_taken_over_when_both_pods_are_back_and_end_with_their_sockets
         assert sock_diag.destroy(diag, *ends, flow.server.cookie)
     third.close()
     told = []
-    until(lambda: told.extend(reader.closed()) or len(told) == 3, "each is told of once")
+    until(lambda: told.extend(closed(reader)) or len(told) == 3, "each is told of once")
     assert {event.key for event in told} == {one.key for one in held}
     reader.close()
     until(lambda: bpf_drain.drain_others(node.bpffs_dir) == [], "the earlier layout goes with its last socket")

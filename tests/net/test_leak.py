@@ -14,6 +14,7 @@ from ambient.datapath.layout import LAYOUT
 from ambient.datapath.values import FlowValue, TupleKey
 from ambient.io import cgroup, netns
 from ambient.io.flow_reader import FlowReader
+from tests.support.flows import closed, swept
 from tests.support.netlab import Pod, until
 from tests.support.redirect import CAN, enrol
 from tests.support.require import require
@@ -89,7 +90,7 @@ def test_every_connection_is_counted_once_and_no_map_keeps_anything(node, make_p
         Path("/proc/sys/net/ipv4/ip_local_port_range").write_text("1024 65535")
     counted = node.counted()
     reader = FlowReader(node.maps)
-    list(reader.closed())
+    closed(reader)
     dialling: list[subprocess.Popen[str]] = []
     serving: list[subprocess.Popen[str]] = []
     began = time.monotonic()
@@ -105,7 +106,7 @@ def test_every_connection_is_counted_once_and_no_map_keeps_anything(node, make_p
 
     def take(*, over: bool = False) -> None:
         nonlocal reported
-        for event in (*reader.closed(), *(reader.sweep() if over else ())):
+        for event in (*closed(reader), *(swept(reader) if over else ())):
             flows[event.key, event.value.created_ns] = event.value
             reported += 1
 

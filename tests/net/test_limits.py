@@ -441,25 +441,23 @@ class TestWhatTheAgentWrites:
     def test_a_pod_that_finds_no_room_is_refused_by_name_and_comes_in_when_there_is_some(self, node, mesh):
         numbers = itertools.count(1 << 40)
         made = []
-        entry = mesh.kernel.enrolled_value(["10.1.9.9"], "c//Pod/shop/late", False, False, None, Acceleration.DIRECT)
+        pod = LocalPod("c//Pod/shop/late", ("10.1.9.9",), 1, True, acceleration=Acceleration.DIRECT)
+        entry = mesh.kernel.enrolled_value(pod)
         with pytest.raises(BpfFault, match=rf"map enrolled \(full\): write, limit {LIMITS['ENROLLED_MAX']}"):
             for number in numbers:
                 node.maps.put_enrolled(number, entry)
                 made.append(number)
         assert len(node.maps.enrolled) == LIMITS["ENROLLED_MAX"]
-        late, arguments = (
-            numbers.__next__(),
-            (["10.1.9.9"], "c//Pod/shop/late", False, False, None, Acceleration.DIRECT),
-        )
+        late = next(numbers)
         with pytest.raises(BpfFault):
-            mesh.kernel.put_enrolled(late, *arguments)
+            mesh.kernel.put_enrolled(late, pod)
         a, b, _ = mesh.pods
         mesh.put()
         server, app = Server(b), a.puppet()
         slot = app.connect(b.ip4, 80)
         server.accepts(app, slot)
         mesh.kernel.remove_enrolled(made.pop())
-        mesh.kernel.put_enrolled(late, *arguments)
+        mesh.kernel.put_enrolled(late, pod)
         assert late in node.maps.enrolled
         for number in (late, *made):
             mesh.kernel.remove_enrolled(number)

@@ -23,6 +23,7 @@ from ambient.io import bpf_drain, bpf_links, bpf_selftest_redirect, bpf_tc, netn
 from ambient.io.bpf_maps import Maps
 from ambient.io.flow_reader import FlowReader
 from ambient.node.redirection import Redirection
+from tests.support.flows import closed, swept
 from tests.support.netlab import run_ip, until
 from tests.support.redirect import CAN, REDIRECT, WANTS, Duplex, Held, enrol, fill, held_bytes, read
 
@@ -39,9 +40,9 @@ def account(node, record_property):
     """Tells each test's redirected and native bytes."""
     told: list[Duplex] = []
     reader = FlowReader(node.maps)
-    list(reader.closed())
+    closed(reader)
     yield told
-    flows = [event.value for event in (*reader.closed(), *reader.sweep())]
+    flows = [event.value for event in (*closed(reader), *swept(reader))]
     reader.close()
     ends = [end for flow in flows for end in (flow.client, flow.server)]
     for name in ("redirected", "native"):

@@ -27,6 +27,7 @@ from ambient.datapath.values import (
 )
 from ambient.io import netns, sock_diag
 from ambient.io.flow_reader import FlowReader, bytes_received, bytes_sent
+from tests.support.flows import closed, swept
 from tests.support.netlab import until
 
 pytestmark = [pytest.mark.net, pytest.mark.bpf]
@@ -61,13 +62,13 @@ def server(node, make_pod):
 def events(node):
     """Call it for the flows that closed since the last call."""
     reader = FlowReader(node.maps)
-    list(reader.closed())
+    closed(reader)
 
     def read(count: int = 1) -> list[FlowEvent]:
         found: list[FlowEvent] = []
 
         def enough() -> bool:
-            found.extend(reader.closed())
+            found.extend(closed(reader))
             return len(found) >= count
 
         until(enough, f"{count} flows are reported")
@@ -448,7 +449,7 @@ def test_a_full_ring_buffer_loses_no_flow(node, client, server):
     """More closes than fit without anybody reading: the rest wait in `flows` and the sweep takes each once."""
     allow(node, server)
     reader = FlowReader(node.maps)
-    list(reader.closed())
+    closed(reader)
     counted = node.counted()
     room = LAYOUT["EVENTS_BYTES"] // (8 + FlowEvent.size())
     many = room + 40
@@ -457,10 +458,10 @@ def test_a_full_ring_buffer_loses_no_flow(node, client, server):
     assert sockets == many
     until(lambda: counted("flow_unreported") >= 40, "the ring buffer is full")
     until(lambda: node.maps.enrolled[client.cookie].flows == 0, "all are closed")
-    reported = [event.key for event in reader.closed()]
-    swept = [event.key for event in reader.sweep()]
-    assert len(reported) + len(swept) == many
-    assert not list(reader.sweep())
+    reported = [event.key for event in closed(reader)]
+    late = [event.key for event in swept(reader)]
+    assert len(reported) + len(late) == many
+    assert not swept(reader)
     reader.close()
 
 

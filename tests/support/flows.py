@@ -15,11 +15,24 @@ from ambient.datapath.layout import LAYOUT
 from ambient.datapath.values import FlowEnd, FlowEvent, FlowValue
 from ambient.io.bpf_maps import Maps
 from ambient.io.bpf_ring import RingReader
+from ambient.io.flow_reader import FlowReader
 from ambient.lab.driver import eventually
 
 ACCELERATIONS = {LAYOUT["ACCELERATION_DIRECT"]: "direct", LAYOUT["ACCELERATION_REDIRECT"]: "redirect"}
 ZTUNNELS = ("captured", "not_synced", "hbone")
 """Reasons that are counted when a pod's connection is sent to ztunnel, or comes from one."""
+
+
+def closed(reader: FlowReader) -> list[FlowEvent]:
+    """Flows that ended since the last call, oldest first."""
+    records, position = reader.ended(4096)
+    reader.consume(position)
+    return [FlowEvent.decode(raw) for raw in records]
+
+
+def swept(reader: FlowReader) -> list[FlowEvent]:
+    """What `sweep` takes."""
+    return [FlowEvent.decode(raw) for raw in reader.sweep()]
 
 
 class Beside(RingReader):

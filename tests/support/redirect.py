@@ -17,6 +17,7 @@ from ambient.datapath.layout import LAYOUT
 from ambient.datapath.values import FlowEnd, FlowEvent, FlowValue, TupleKey
 from ambient.io import bpf_tc, cgroup, netns
 from ambient.io.flow_reader import FlowReader
+from tests.support.flows import closed, swept
 from tests.support.netlab import Node, Pod, until
 
 SO_MEMINFO = 55
@@ -69,7 +70,7 @@ class Duplex:
         self._port = 7000
         self._server_enters = server_enters
         self._reader = FlowReader(node.maps)
-        list(self._reader.closed())
+        closed(self._reader)
 
     def close(self) -> None:
         self._reader.close()
@@ -128,8 +129,8 @@ class Duplex:
         found: list[FlowEvent] = []
 
         def reported() -> bool:
-            found.extend(self._reader.closed())
-            found.extend(self._reader.sweep())
+            found.extend(closed(self._reader))
+            found.extend(swept(self._reader))
             return len(found) >= flows
 
         until(reported, f"{flows} flows are reported", 20)

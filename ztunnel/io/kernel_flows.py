@@ -209,7 +209,7 @@ class KernelFlows:
     def _look(self, reader: FlowReader) -> None:
         """Tell of what found no room in the ring buffer, and of the progress of what lives."""
         self.read()
-        self._ended(list(reader.sweep_raw()))
+        self._ended(list(reader.sweep()))
         events: list[ConnectionEvent] = []
         now = time.monotonic_ns()
         for flow in reader.live(self._netns_of):

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import errno
 import socket
+from abc import ABC, abstractmethod
 from typing import TYPE_CHECKING, Final
 
 from ztunnel.core.frames import Code
@@ -31,7 +32,7 @@ _BATCH_BYTES: Final = 128 * 1024
 POLICY_CHANGED: Final = "connection closed due to policy change"
 
 
-class Relay:
+class Relay(ABC):
     """One connection of a pod: its account, and its place among the pod's connections."""
 
     __slots__ = ("account", "done", "pod", "worker")
@@ -43,9 +44,9 @@ class Relay:
         self.done = False
         pod.relays.add(self)
 
+    @abstractmethod
     def abort(self, error: str, *, flags: str = "-", policy: str = "", event: str = "closed") -> None:
         """Reset both sides."""
-        raise NotImplementedError
 
     def lost_right(self, verdict: Verdict) -> None:
         self.worker.count("closed_by_policy")

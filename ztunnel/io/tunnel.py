@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import errno
 import ssl
+from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Final, Protocol
@@ -45,7 +46,7 @@ class Paused(Protocol):
     def resume(self) -> None: ...
 
 
-class Tunnel:
+class Tunnel(ABC):
     """What client and server tunnels share. Subclasses implement `request` and `opened` and `ended`."""
 
     __slots__ = (
@@ -97,19 +98,23 @@ class Tunnel:
 
     # --- to be implemented ---------------------------------------------------------------------------------
 
+    @abstractmethod
     def check_peer(self, tls: ssl.SSLObject) -> Identity:
         """Raises TlsRefused."""
-        raise NotImplementedError
 
+    @abstractmethod
     def opened(self) -> None:
         """The handshake is done and ``connection`` exists."""
 
+    @abstractmethod
     def ended(self, error: str, flags: str) -> None:
         """The tunnel is closed; its streams were told already."""
 
+    @abstractmethod
     def request(self, stream: Stream, fields: list[Header]) -> None:
         """A server's request; see `ConnectionOwner`."""
 
+    @abstractmethod
     def going_away(self) -> None:
         """The peer takes no new streams."""
 
@@ -390,6 +395,9 @@ class ClientTunnel(Tunnel):
         for user in users:
             user.tunnel_ready(self)
 
+    def request(self, stream: Stream, fields: list[Header]) -> None:
+        """Never: a client's connection refuses streams of the server's."""
+
     def going_away(self) -> None:
         self._retire()
 
@@ -499,6 +507,9 @@ class ServerTunnel(Tunnel):
 
     def request(self, stream: Stream, fields: list[Header]) -> None:
         self._accept(self, stream, fields)
+
+    def going_away(self) -> None:
+        """Says nothing of the streams that this end takes."""
 
     def opened(self) -> None:
         self._place.shaken()
