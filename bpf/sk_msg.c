@@ -14,6 +14,27 @@ static __always_inline int go_native(struct flow_end *mine, __u64 now)
 	return SK_PASS;
 }
 
+/* The receiver's numbers in this order: if it consumed all, the call that read the last of it has let go of it after. */
+static __always_inline int is_native_gone(struct flow_end *mine, const struct flow_end *peer)
+{
+	struct progress tcp = {};
+
+	tcp.written = read32(mine->sock, OFF_TCP_WRITE_SEQ);
+	tcp.consumed = read32(peer->sock, OFF_TCP_COPIED_SEQ);
+	if (tcp.consumed != tcp.written)
+		return 0;
+	tcp.reading = read32(peer->sock, OFF_SOCK_OWNED) != 0;
+	tcp.seen = peer->seen_seq;
+	tcp.numbered = (mine->flags & END_NUMBERED) != 0;
+	if (!tcp.numbered) {
+		tcp.acknowledged = read32(mine->sock, OFF_TCP_SND_UNA);
+		tcp.arrived = read32(peer->sock, OFF_TCP_RCV_NXT);
+		if (is_numbered(&tcp))
+			__sync_fetch_and_add(&mine->flags, END_NUMBERED);
+	}
+	return native_is_gone(&tcp);
+}
+
 int sk_msg(struct sk_msg_md *ctx)
 {
 	struct tuple_key own = msg_tuple(ctx);
@@ -64,15 +85,8 @@ int sk_msg(struct sk_msg_md *ctx)
 	if (!seen.rmem)
 		mine->queued_messages = 0;
 	seen.queued_messages = mine->queued_messages;
-	if (seen.state == FLOW_NATIVE) {
-		/* In this order: all was acknowledged, so no byte is on its way; all that arrived was read, later than
-		 * the socket was inserted; and the call that read the last of it has let go of the socket. */
-		__u32 consumed = read32(peer->sock, OFF_TCP_COPIED_SEQ);
-
-		seen.native_gone = read32(sender, OFF_TCP_SND_UNA) == read32(sender, OFF_TCP_WRITE_SEQ) &&
-				   consumed == read32(peer->sock, OFF_TCP_RCV_NXT) && consumed != peer->seen_seq &&
-				   !read32(peer->sock, OFF_SOCK_OWNED);
-	}
+	if (seen.state == FLOW_NATIVE)
+		seen.native_gone = is_native_gone(mine, peer);
 	seen.edge = sock_waits(peer->sock) == WAITS_SHORT;
 	if (seen.forward < (__s32)seen.size)
 		seen.pressed = sock_pressed(peer->sock, seen.size);

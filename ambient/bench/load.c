@@ -283,10 +283,23 @@ static int begin(int nodelay)
 	return fd;
 }
 
-static void await(int fd, short events)
+static int input = -1; /* epoll, by level: a client waits for what comes as an event loop does */
+
+static void await_output(int fd)
 {
-	struct pollfd p = {fd, events, 0};
+	struct pollfd p = {fd, POLLOUT, 0};
 	int n = poll(&p, 1, STALL_S * 1000);
+
+	if (n == 0)
+		errno = ETIMEDOUT;
+	if (n <= 0)
+		fail("waiting");
+}
+
+static void await_input(void)
+{
+	struct epoll_event event;
+	int n = epoll_wait(input, &event, 1, STALL_S * 1000);
 
 	if (n == 0)
 		errno = ETIMEDOUT;
@@ -304,7 +317,7 @@ static void put(int fd, const void *data, size_t size)
 				enomem++;
 			else if (errno != EAGAIN)
 				fail("send");
-			await(fd, POLLOUT);
+			await_output(fd);
 			continue;
 		}
 		data = (const char *)data + n;
@@ -324,7 +337,7 @@ static void get(int fd, void *data, size_t size)
 		if (n < 0) {
 			if (errno != EAGAIN)
 				fail("recv");
-			await(fd, POLLIN);
+			await_input();
 			continue;
 		}
 		data = (char *)data + n;
@@ -336,8 +349,13 @@ static int opened(char what, uint32_t size)
 {
 	struct header header = {.what = what, .size = size};
 	int fd = begin(what != 'S');
+	struct epoll_event event = {.events = EPOLLIN};
 
-	await(fd, POLLOUT);
+	await_output(fd);
+	if (input < 0)
+		input = epoll_create1(EPOLL_CLOEXEC);
+	if (input < 0 || epoll_ctl(input, EPOLL_CTL_ADD, fd, &event))
+		fail("epoll");
 	put(fd, &header, sizeof(header));
 	return fd;
 }

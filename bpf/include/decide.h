@@ -249,7 +249,7 @@ static __always_inline int inbound_bypassed(const struct workload_value *local, 
 	return (local->flags & WORKLOAD_OPEN) && heartbeat_stopped(settings, now_ns);
 }
 
-#define REDIRECT_NATIVE_EVERY_NS 5000000000ull
+#define REDIRECT_NATIVE_EVERY_NS 3000000000ull
 
 /* What is known of a message and of the two sockets it goes between. */
 struct redirection {
@@ -261,7 +261,7 @@ struct redirection {
 	__u32 rmem;             /* bytes the receiver holds, native and redirected */
 	__u32 high;
 	__s32 forward;          /* bytes already set aside for the receiver */
-	__u8 native_gone;       /* no native byte of this direction is unread anywhere */
+	__u8 native_gone;       /* native_is_gone() */
 	__u8 receiver_ready;    /* its descriptor exists and is O_NONBLOCK */
 	__u8 pressed;           /* memory might be refused */
 	__u8 edge;              /* somebody waits for the receiver edge-triggered */
@@ -281,17 +281,35 @@ static __always_inline int redirect_full(const struct redirection *seen)
 	return seen->rmem > seen->high || seen->queued_messages >= REDIRECT_MESSAGES;
 }
 
-/* Small messages in a row: TCP joins them, redirection wakes the receiver for each. Measured: 1 KB writes are more than
- * twice as fast natively. */
-static __always_inline int redirect_streams(const struct redirection *seen)
+/* How far TCP is with what one end sends: counts of bytes, modulo 2^32. */
+struct progress {
+	__u32 written;          /* the sender's write_seq */
+	__u32 acknowledged;     /* the sender's snd_una */
+	__u32 arrived;          /* the receiver's rcv_nxt */
+	__u32 consumed;         /* the receiver's copied_seq */
+	__u32 seen;             /* the same when the receiver was inserted */
+	__u8 reading;           /* somebody has the receiver's lock in a system call */
+	__u8 numbered;          /* END_NUMBERED */
+	__u8 pad[2];
+};
+
+/* What was written is all acknowledged, arrived, and consumed: all by the same number, unless somebody between the ends
+ * changes the numbers. */
+static __always_inline int is_numbered(const struct progress *tcp)
 {
-	return seen->size < REDIRECT_SMALL_BYTES && seen->queued_messages >= REDIRECT_SMALL_MESSAGES;
+	return tcp->acknowledged == tcp->written && tcp->arrived == tcp->written && tcp->consumed == tcp->written;
+}
+
+/* Whether no native byte of this direction is unread anywhere. The acknowledgements may be late. */
+static __always_inline int native_is_gone(const struct progress *tcp)
+{
+	return (tcp->numbered || is_numbered(tcp)) && tcp->consumed == tcp->written && tcp->consumed != tcp->seen && !tcp->reading;
 }
 
 /* Whether a message may be redirected; else it goes natively. */
 static __always_inline int decide_redirect(const struct redirection *seen)
 {
-	if (!seen->receiver_ready || seen->pressed || redirect_full(seen) || redirect_streams(seen))
+	if (!seen->receiver_ready || seen->pressed || redirect_full(seen))
 		return 0;
 	/* Whoever waits for edges must never find native bytes behind redirected ones. If it turned to edges only now,
 	 * what was redirected is read first. */

@@ -137,8 +137,6 @@ enum listener_kind {
 /* Bounds of what a receiver may hold unread by redirection. */
 #define REDIRECT_HIGH_BYTES 1048576
 #define REDIRECT_MESSAGES 256
-#define REDIRECT_SMALL_BYTES 4096       /* of such messages fewer may wait: TCP joins them, redirection cannot */
-#define REDIRECT_SMALL_MESSAGES 8
 
 /* settings.mode */
 #define MODE_CAPTURE 0
@@ -320,8 +318,9 @@ _Static_assert(sizeof(struct origin_value) == 48, "origin_value");
 #define FLOW_REDIRECT 1
 #define FLOW_BLOCKING 2         /* the receiver turned blocking: both directions are native for good */
 
-/* flow_end.flags: written by sock_ops only, so that nothing has to be atomic. */
-#define END_CLOSED 1
+/* flow_end.flags: each is set once, by an atomic addition. */
+#define END_CLOSED 1            /* by sock_ops */
+#define END_NUMBERED 2          /* by sk_msg: what this end sends arrives under the numbers it was sent with */
 
 /* flow_end.sighting: what the tc program saw of this end; written by it only. */
 #define END_NONBLOCK 1          /* its file was O_NONBLOCK when last seen */
@@ -346,7 +345,7 @@ struct flow_end {
 	__u64 seen_ns;              /* when the tc program last looked at the socket */
 	__u32 queued_messages;      /* redirected since the receiver's sk_rmem_alloc last read 0 */
 	__u32 state;                /* FLOW_* */
-	__u32 flags;                /* END_CLOSED */
+	__u32 flags;                /* END_CLOSED, END_NUMBERED */
 	__u32 sighting;             /* END_NONBLOCK, END_INSERTED, END_ZEROCOPY, END_EDGE, END_READY, END_WAITED */
 	__u32 seen_seq;             /* copied_seq when first seen O_NONBLOCK, then when inserted */
 	__u32 lookups;              /* of the socket by the tc program, which are bounded */

@@ -204,51 +204,57 @@ static __always_inline __u32 found_state(struct bpf_sock *sk)
 }
 
 #define ETHERNET_BYTES 14
+#define IP4_BYTES 20
+#define IP6_BYTES 40
 #define ETHERTYPE_IP4 0x0800
 #define ETHERTYPE_IP6 0x86dd
 
-/* Both forms of the addresses of a TCP packet that arrives; the length of the second, 0 if it is not one. */
+static __always_inline __u16 half_at(const __u8 *bytes)
+{
+	return *(const __u16 *)bytes;
+}
+
+static __always_inline __u32 word_at(const __u8 *bytes)
+{
+	return *(const __u32 *)bytes;
+}
+
+/* Both forms of the addresses of a TCP packet that arrives; the length of the second, 0 if it is not one. With options or
+ * extension headers, or with headers outside the linear part, it is left alone: such a flow stays native. */
 static __always_inline __u32 packet_tuple(struct __sk_buff *skb, struct tuple_key *key, struct bpf_sock_tuple *tuple)
 {
-	__u32 protocol = swap16((__u16)skb->protocol), words[8], transport, length;
-	__u8 first = 0, kind = 0;
-	__u16 local_port, remote_port;
+	const __u8 *ip = (const __u8 *)(long)skb->data + ETHERNET_BYTES, *end = (const __u8 *)(long)skb->data_end, *tcp;
+	__u32 protocol = swap16((__u16)skb->protocol), length;
 
 	if (protocol == ETHERTYPE_IP4) {
-		if (bpf_skb_load_bytes(skb, ETHERNET_BYTES, &first, 1) || bpf_skb_load_bytes(skb, ETHERNET_BYTES + 9, &kind, 1) ||
-		    kind != PROTOCOL_TCP || bpf_skb_load_bytes(skb, ETHERNET_BYTES + 12, words, 8))
+		tcp = ip + IP4_BYTES;
+		if (tcp + 4 > end || ip[0] != 0x45 || ip[9] != PROTOCOL_TCP)
 			return 0;
-		transport = ETHERNET_BYTES + 4 * (first & 15);
-		tuple->ipv4.saddr = words[0];
-		tuple->ipv4.daddr = words[1];
-		key->remote = address_of4(words[0]);
-		key->local = address_of4(words[1]);
+		tuple->ipv4.saddr = word_at(ip + 12);
+		tuple->ipv4.daddr = word_at(ip + 16);
+		tuple->ipv4.sport = half_at(tcp);
+		tuple->ipv4.dport = half_at(tcp + 2);
+		key->remote = address_of4(tuple->ipv4.saddr);
+		key->local = address_of4(tuple->ipv4.daddr);
 		length = sizeof(tuple->ipv4);
 	} else if (protocol == ETHERTYPE_IP6) {
-		/* With extension headers it is left alone: such a flow stays native. */
-		if (bpf_skb_load_bytes(skb, ETHERNET_BYTES + 6, &kind, 1) || kind != PROTOCOL_TCP ||
-		    bpf_skb_load_bytes(skb, ETHERNET_BYTES + 8, words, 32))
+		tcp = ip + IP6_BYTES;
+		if (tcp + 4 > end || ip[6] != PROTOCOL_TCP)
 			return 0;
-		transport = ETHERNET_BYTES + 40;
-		key->remote = address_of6(words[0], words[1], words[2], words[3]);
-		key->local = address_of6(words[4], words[5], words[6], words[7]);
-		__builtin_memcpy(tuple->ipv6.saddr, &words[0], 16);
-		__builtin_memcpy(tuple->ipv6.daddr, &words[4], 16);
+		for (int word = 0; word < 4; word++) {
+			tuple->ipv6.saddr[word] = word_at(ip + 8 + 4 * word);
+			tuple->ipv6.daddr[word] = word_at(ip + 24 + 4 * word);
+		}
+		tuple->ipv6.sport = half_at(tcp);
+		tuple->ipv6.dport = half_at(tcp + 2);
+		key->remote = address_of6(tuple->ipv6.saddr[0], tuple->ipv6.saddr[1], tuple->ipv6.saddr[2], tuple->ipv6.saddr[3]);
+		key->local = address_of6(tuple->ipv6.daddr[0], tuple->ipv6.daddr[1], tuple->ipv6.daddr[2], tuple->ipv6.daddr[3]);
 		length = sizeof(tuple->ipv6);
 	} else {
 		return 0;
 	}
-	if (bpf_skb_load_bytes(skb, transport, &remote_port, 2) || bpf_skb_load_bytes(skb, transport + 2, &local_port, 2))
-		return 0;
-	key->remote_port = swap16(remote_port);
-	key->local_port = swap16(local_port);
-	if (protocol == ETHERTYPE_IP4) {
-		tuple->ipv4.sport = remote_port;
-		tuple->ipv4.dport = local_port;
-	} else {
-		tuple->ipv6.sport = remote_port;
-		tuple->ipv6.dport = local_port;
-	}
+	key->remote_port = swap16(half_at(tcp));
+	key->local_port = swap16(half_at(tcp + 2));
 	return length;
 }
 

@@ -25,6 +25,8 @@ void call_loopback_for(const struct address *a, struct address *out) { *out = lo
 int call_agreed_acceleration(__u32 ours, __u32 theirs, __u32 can) { return agreed_acceleration(ours, theirs, can); }
 int call_is_same_node(const struct workload_value *w) { return is_same_node(w); }
 int call_judge(const struct verdict_value *v, __u64 generation) { return judge(v, generation); }
+int call_progress_size(void) { return sizeof(struct progress); }
+int call_native_is_gone(const struct progress *p) { return native_is_gone(p); }
 int call_redirection_size(void) { return sizeof(struct redirection); }
 int call_decide_redirect(const struct redirection *r) { return decide_redirect(r); }
 __u32 call_redirect_high(__u32 wanted, __u32 rcvbuf) { return redirect_high(wanted, rcvbuf); }

@@ -48,10 +48,8 @@ def redirects(decide):  # noqa: F811
         ({"pressed": 1}, False),
         ({"rmem": 1000}, True),
         ({"rmem": 1001}, False),
-        ({"queued_messages": 255, "rmem": 255, "size": 4096}, True),
-        ({"queued_messages": 256, "rmem": 256, "size": 4096}, False),
-        ({"queued_messages": 7, "rmem": 7}, True),
-        ({"queued_messages": 8, "rmem": 8}, False),
+        ({"queued_messages": 255, "rmem": 255}, True),
+        ({"queued_messages": 256, "rmem": 256}, False),
         ({"state": NATIVE, "native_gone": 1}, True),
         ({"state": NATIVE, "native_gone": 0}, False),
         ({"state": NATIVE, "native_gone": 1, "pressed": 1}, False),
@@ -61,10 +59,47 @@ def test_order_and_bounds(redirects, what, yes):
     assert redirects(**what) is yes
 
 
+class Progress(ctypes.Structure):
+    _fields_ = [
+        ("written", ctypes.c_uint32),
+        ("acknowledged", ctypes.c_uint32),
+        ("arrived", ctypes.c_uint32),
+        ("consumed", ctypes.c_uint32),
+        ("seen", ctypes.c_uint32),
+        ("reading", ctypes.c_uint8),
+        ("numbered", ctypes.c_uint8),
+        ("pad", ctypes.c_uint8 * 2),
+    ]
+
+
+ALL_READ = {"written": 9, "acknowledged": 9, "arrived": 9, "consumed": 9, "seen": 8}
+
+
 @pytest.mark.parametrize(
-    ("idle_s", "rmem", "yes"), [(4.9, 0, True), (5.1, 0, False), (5.1, 1, True), (9.9, 1, True), (10.1, 1, False)]
+    ("what", "gone"),
+    [
+        ({}, True),
+        ({"acknowledged": 8}, False),
+        ({"numbered": 1, "acknowledged": 8}, True),
+        ({"numbered": 1, "consumed": 8, "seen": 7}, False),
+        ({"numbered": 1, "written": 10}, False),
+        ({"numbered": 1, "seen": 9}, False),
+        ({"numbered": 1, "reading": 1}, False),
+        ({"reading": 1}, False),
+        # the numbers are changed on the way: all is read, and then not all
+        ({"arrived": 12, "consumed": 12}, False),
+        ({"written": 12, "acknowledged": 12, "arrived": 15, "consumed": 12}, False),
+    ],
 )
-def test_a_native_message_is_due_every_ten_seconds_and_sooner_when_nothing_is_unread(redirects, idle_s, rmem, yes):
+def test_native_bytes_are_gone_when_all_that_was_written_was_read(decide, what, gone):  # noqa: F811
+    assert decide.call_progress_size() == ctypes.sizeof(Progress)
+    assert bool(decide.call_native_is_gone(ctypes.byref(Progress(**(ALL_READ | what))))) is gone
+
+
+@pytest.mark.parametrize(
+    ("idle_s", "rmem", "yes"), [(2.9, 0, True), (3.1, 0, False), (3.1, 1, True), (5.9, 1, True), (6.1, 1, False)]
+)
+def test_a_native_message_is_due_every_six_seconds_and_sooner_when_nothing_is_unread(redirects, idle_s, rmem, yes):
     assert redirects(last_native_ns=int((100 - idle_s) * S), rmem=rmem) is yes
 
 

@@ -302,7 +302,6 @@ class TestAMemoryLimitOfTheReceiver:
 UNBOUNDED = (
     ("include/decide.h", "\treturn high < 2 * rcvbuf ? high : 2 * rcvbuf;", "\treturn high > rcvbuf ? ~0u : ~0u;"),
     ("include/layout.h", "#define REDIRECT_MESSAGES 256\n", "#define REDIRECT_MESSAGES 1073741824\n"),
-    ("include/layout.h", "#define REDIRECT_SMALL_MESSAGES 8\n", "#define REDIRECT_SMALL_MESSAGES 1073741824\n"),
     ("sk_msg.c", "\t\tseen.pressed = sock_pressed(peer->sock, seen.size);", "\t\tseen.pressed = 0;"),
 )
 

@@ -1,5 +1,6 @@
 """A rule that drops the packets of a redirected connection stops it within ten seconds, although redirected bytes pass
-no rule: each direction sends a message natively at least so often, and one that is dropped keeps it native.
+no rule: each direction sends a message natively at least so often, and one that is dropped keeps it native; so does one
+whose acknowledgement is dropped.
 
 node1: a asks b and waits for each answer (7101), and streams to b (7102). Every byte is checked on both sides.
 """
@@ -31,7 +32,7 @@ STOPS_S = 10.0
 SLACK_S = 0.5
 QUIET_S = 1.5
 """Nothing came for so long: it has stopped. Both flows send every hundredth of a second."""
-FRESH_S = 2.5
+FRESH_S = 1.5
 """A native message that went so recently is not repeated at once, so the rule is met by redirected ones first."""
 
 
@@ -59,12 +60,14 @@ def veth_of(mesh: Mesh, namespace: str, name: str) -> str:
 
 @contextmanager
 def dropping(mesh: Mesh, namespace: str, where: str) -> Iterator[Callable[[], None]]:
-    """Drop what a sends to both ports; the function given takes the rule away before the block's end."""
-    ports = f"tcp dport {{ {ASKS}, {STREAMS} }} drop"
-    if where == "veth":
+    """Drop what a sends to both ports, or what b sends back; the function given takes the rule away before the block's
+    end."""
+    back = where == "veth, back"
+    ports = f"tcp {'sport' if back else 'dport'} {{ {ASKS}, {STREAMS} }} drop"
+    if where.startswith("veth"):
         prefix = ["ip", "netns", "exec", mesh.plan("node1").netns]
         table = "netdev proof"
-        hook = f'type filter hook ingress device "{veth_of(mesh, namespace, "a")}" priority 0;'
+        hook = f'type filter hook ingress device "{veth_of(mesh, namespace, "b" if back else "a")}" priority 0;'
     else:
         prefix = []
         table = "inet proof"
@@ -112,7 +115,7 @@ class Watched:
         return self.changed
 
 
-@pytest.mark.parametrize("where", ["veth", "pod"])
+@pytest.mark.parametrize("where", ["veth", "veth, back", "pod"])
 def test_a_drop_rule_stops_redirected_flows_in_ten_seconds_and_its_end_lets_them_go_on(
     mesh: Mesh, maps: Maps, pair: str, where: str
 ) -> None:
