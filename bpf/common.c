@@ -34,6 +34,24 @@ static __always_inline int is_here(__u64 entry_netns, __u64 netns)
 	return !entry_netns || entry_netns == netns;
 }
 
+/* The same connection seen from its other end. */
+static __always_inline struct tuple_key other_end(const struct tuple_key *key)
+{
+	struct tuple_key out = {};
+
+	out.local = key->remote;
+	out.remote = key->local;
+	out.local_port = key->remote_port;
+	out.remote_port = key->local_port;
+	return out;
+}
+
+/* Have sock_ops called when the socket closes. */
+static __always_inline void follow_state(struct bpf_sock_ops *ctx)
+{
+	bpf_sock_ops_cb_flags_set(ctx, ctx->bpf_sock_ops_cb_flags | BPF_SOCK_OPS_STATE_CB_FLAG);
+}
+
 /* Whether the calling process is in one of the cgroups or below one. */
 static __always_inline int current_in(const __u64 *cgroups, int length)
 {

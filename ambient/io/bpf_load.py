@@ -38,7 +38,7 @@ from ambient.io import (
 from ambient.io.bpf_maps import SPEC, Maps, check_map
 
 SOURCES: Final = (
-    *("common", "connect", "getpeername", "dns", "sockops", "probe", "sk_lookup"),
+    *("common", "connect", "getpeername", "dns", "flow", "sockops", "probe", "sk_lookup"),
     *("sk_msg", "enrol", "setsockopt"),
 )
 """Files of bpf/ in the order they make one text: bcc rewrites map methods only in its main text, and one
