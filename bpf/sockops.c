@@ -258,8 +258,8 @@ static __always_inline void closing(struct bpf_sock_ops *ctx, struct bpf_sock *s
 
 int sock_ops(struct bpf_sock_ops *ctx)
 {
-	struct tuple_key own = {};
 	struct bpf_sock *sk = sockops_sock(ctx);
+	struct tuple_key own;
 	__u32 op = ctx->op;
 
 	if (op != BPF_SOCK_OPS_TCP_CONNECT_CB && op != BPF_SOCK_OPS_PASSIVE_ESTABLISHED_CB &&
@@ -267,10 +267,7 @@ int sock_ops(struct bpf_sock_ops *ctx)
 		return 1;
 	if (!sk)
 		return 1; /* a request, not yet a socket: never at these three */
-	own.local = sockops_local(ctx);
-	own.remote = sockops_remote(ctx);
-	own.local_port = sockops_local_port(ctx);
-	own.remote_port = sockops_remote_port(ctx);
+	own = sockops_tuple(ctx);
 	if (op == BPF_SOCK_OPS_TCP_CONNECT_CB)
 		connecting(ctx, sk, &own);
 	else if (op == BPF_SOCK_OPS_PASSIVE_ESTABLISHED_CB)

@@ -78,30 +78,34 @@ static __always_inline struct bpf_sock *sockops_sock(struct bpf_sock_ops *ctx)
 	return ctx->sk;
 }
 
-/* bpf_sock_ops: local_port is host order, remote_port network order in the high half of a word. A
- * dual-stack socket reports mapped addresses in its IPv6 fields. */
-static __always_inline struct address sockops_local(struct bpf_sock_ops *ctx)
+/* One end of a connection, `local` or `remote`, of a bpf_sock_ops, sk_msg_md or bpf_sk_lookup: their fields have the same
+ * names. A dual-stack socket reports mapped addresses in the IPv6 ones. */
+#define END_ADDRESS(ctx, end) \
+	((ctx)->family == FAMILY_INET6 ? address_of6(WORD((ctx)->end##_ip6[0]), WORD((ctx)->end##_ip6[1]), \
+						     WORD((ctx)->end##_ip6[2]), WORD((ctx)->end##_ip6[3])) \
+				       : address_of4((ctx)->end##_ip4))
+
+/* bpf_sock_ops and sk_msg_md: local_port is host order, remote_port network order in the high half of a word. */
+static __always_inline struct tuple_key sockops_tuple(struct bpf_sock_ops *ctx)
 {
-	if (ctx->family == FAMILY_INET6)
-		return address_of6(WORD(ctx->local_ip6[0]), WORD(ctx->local_ip6[1]), WORD(ctx->local_ip6[2]), WORD(ctx->local_ip6[3]));
-	return address_of4(ctx->local_ip4);
+	struct tuple_key key = {};
+
+	key.local = END_ADDRESS(ctx, local);
+	key.remote = END_ADDRESS(ctx, remote);
+	key.local_port = ctx->local_port;
+	key.remote_port = (__u16)swap32(ctx->remote_port);
+	return key;
 }
 
-static __always_inline struct address sockops_remote(struct bpf_sock_ops *ctx)
+static __always_inline struct tuple_key msg_tuple(struct sk_msg_md *ctx)
 {
-	if (ctx->family == FAMILY_INET6)
-		return address_of6(WORD(ctx->remote_ip6[0]), WORD(ctx->remote_ip6[1]), WORD(ctx->remote_ip6[2]), WORD(ctx->remote_ip6[3]));
-	return address_of4(ctx->remote_ip4);
-}
+	struct tuple_key key = {};
 
-static __always_inline __u16 sockops_local_port(struct bpf_sock_ops *ctx)
-{
-	return ctx->local_port;
-}
-
-static __always_inline __u16 sockops_remote_port(struct bpf_sock_ops *ctx)
-{
-	return (__u16)swap32(ctx->remote_port);
+	key.local = END_ADDRESS(ctx, local);
+	key.remote = END_ADDRESS(ctx, remote);
+	key.local_port = ctx->local_port;
+	key.remote_port = (__u16)swap32(ctx->remote_port);
+	return key;
 }
 
 /* bpf_sk_lookup: local_port is host order; remote_port is network order in a word whose width of access
@@ -110,13 +114,8 @@ static __always_inline struct tuple_key lookup_tuple(struct bpf_sk_lookup *ctx)
 {
 	struct tuple_key key = {};
 
-	if (ctx->family == FAMILY_INET6) {
-		key.local = address_of6(WORD(ctx->local_ip6[0]), WORD(ctx->local_ip6[1]), WORD(ctx->local_ip6[2]), WORD(ctx->local_ip6[3]));
-		key.remote = address_of6(WORD(ctx->remote_ip6[0]), WORD(ctx->remote_ip6[1]), WORD(ctx->remote_ip6[2]), WORD(ctx->remote_ip6[3]));
-	} else {
-		key.local = address_of4(ctx->local_ip4);
-		key.remote = address_of4(ctx->remote_ip4);
-	}
+	key.local = END_ADDRESS(ctx, local);
+	key.remote = END_ADDRESS(ctx, remote);
 	key.local_port = ctx->local_port;
 	key.remote_port = swap16((__u16)ctx->remote_port);
 	return key;

@@ -163,22 +163,6 @@ static __always_inline int sock_pressed(__u64 sock, __u32 size)
 	return 0;
 }
 
-static __always_inline struct tuple_key msg_tuple(struct sk_msg_md *ctx)
-{
-	struct tuple_key key = {};
-
-	if (ctx->family == FAMILY_INET6) {
-		key.local = address_of6(WORD(ctx->local_ip6[0]), WORD(ctx->local_ip6[1]), WORD(ctx->local_ip6[2]), WORD(ctx->local_ip6[3]));
-		key.remote = address_of6(WORD(ctx->remote_ip6[0]), WORD(ctx->remote_ip6[1]), WORD(ctx->remote_ip6[2]), WORD(ctx->remote_ip6[3]));
-	} else {
-		key.local = address_of4(ctx->local_ip4);
-		key.remote = address_of4(ctx->remote_ip4);
-	}
-	key.local_port = ctx->local_port;
-	key.remote_port = (__u16)swap32(ctx->remote_port);
-	return key;
-}
-
 static __always_inline __u64 msg_sock(struct sk_msg_md *ctx)
 {
 	return ctx->sk ? sock_address(ctx->sk) : 0;
