@@ -18,7 +18,7 @@ from ztunnel.core.messages import AskRoute, AskVerdict, Hop, Route, Verdict
 from ztunnel.core.pool import IDLE_S, STREAMS_MAX, Pool, PoolKey
 from ztunnel.io.ledger import BATCH_MAX, Account, Ledger
 from ztunnel.io.link import Link
-from ztunnel.io.tunnel import HANDSHAKES_OF_PEER, Places
+from ztunnel.io.server_tunnel import HANDSHAKES_OF_PEER, Places
 
 KEY = PoolKey("spiffe://a", ("spiffe://b",), "10.0.0.2", 15008, "uid-a")
 

@@ -21,7 +21,7 @@ from tests.ztunnel.authority import Authority
 from tests.ztunnel.harness import Mesh, mesh, spiffe, wait_until
 from tests.ztunnel.hbone_client import HboneClient, client_context, load
 from ztunnel.core.certificate import CertificateFault, peer_identity, uri_names
-from ztunnel.io.tunnel import HANDSHAKES_OF_PEER
+from ztunnel.io.server_tunnel import HANDSHAKES_OF_PEER
 
 DAY = datetime.timedelta(days=1)
 

@@ -20,9 +20,9 @@ from ztunnel.core.streams import DISCARD, Stream
 from ztunnel.io import sockets
 from ztunnel.io.ledger import Account
 from ztunnel.io.relay import Half, PlainRelay, StreamRelay
+from ztunnel.io.server_tunnel import ServerTunnel
 from ztunnel.io.sockets import Connecting, Socket, address_text
 from ztunnel.io.tls import Credential
-from ztunnel.io.tunnel import ServerTunnel
 
 if TYPE_CHECKING:
     from ztunnel.io.pods import PodState

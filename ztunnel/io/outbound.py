@@ -14,11 +14,11 @@ from ztunnel.core.messages import Hop, Route
 from ztunnel.core.pool import STREAMS_MAX, PoolKey
 from ztunnel.core.streams import DISCARD
 from ztunnel.io import sockets
+from ztunnel.io.client_tunnel import ClientTunnel
 from ztunnel.io.ledger import Account
 from ztunnel.io.relay import PlainRelay, StreamRelay
 from ztunnel.io.sockets import Connecting, Socket, address_text
 from ztunnel.io.tls import Credential
-from ztunnel.io.tunnel import ClientTunnel
 
 if TYPE_CHECKING:
     from ztunnel.io.pods import PodState

@@ -16,10 +16,11 @@ from ambient.model.identity import Identity
 from ambient.node.messages import NETNS, Pod
 from ztunnel.core.drain import Drain, Phase
 from ztunnel.io import inbound, outbound, sockets
+from ztunnel.io.client_tunnel import ClientTunnel
 from ztunnel.io.relay import Relay
+from ztunnel.io.server_tunnel import ServerTunnel
 from ztunnel.io.sockets import Socket
 from ztunnel.io.time_wait import Lingering
-from ztunnel.io.tunnel import ClientTunnel, ServerTunnel
 
 if TYPE_CHECKING:
     from ztunnel.io.worker import Worker

@@ -15,27 +15,19 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Final, Protocol
 
 from ambient.model.identity import Identity
-from ztunnel.core.floods import Shares
 from ztunnel.core.frames import Code
 from ztunnel.core.headers import Header
 from ztunnel.core.http2 import CLIENT_LIMITS, SERVER_LIMITS, Connection, Role
 from ztunnel.core.output import Output
-from ztunnel.core.pool import PoolKey, Slot
 from ztunnel.core.streams import Stream
-from ztunnel.io.sockets import Connecting, Socket, address_text, stream_socket
-from ztunnel.io.tls import Credential, TlsRefused, check_client, check_server
+from ztunnel.io.sockets import Socket, address_text
+from ztunnel.io.tls import TlsRefused
 
 if TYPE_CHECKING:
     from ztunnel.io.pods import PodState
     from ztunnel.io.worker import Worker
 
 HANDSHAKE_TIMEOUT_S: Final = 10.0
-HANDSHAKES_MAX: Final = 1024
-HANDSHAKES_OF_POD: Final = 512
-HANDSHAKES_OF_PEER: Final = 128
-TUNNELS_MAX: Final = 8192
-TUNNELS_OF_PEER: Final = 1024
-"""Of a peer's address: with 100 streams each far more than a pod has ports."""
 BACKLOG_BYTES_MAX: Final = 256 * 1024
 _RECORD_BYTES: Final = 16 * 1024
 
@@ -340,187 +332,6 @@ class Tunnel(ABC):
             self.connection.output.late.clear()
             self.connection.output.written()
         self.ended(error, flags)
-
-
-class TunnelUser(Protocol):
-    """A connection that waits for a client tunnel."""
-
-    def tunnel_ready(self, tunnel: ClientTunnel) -> None: ...
-
-    def tunnel_failed(self, error: str, flags: str) -> None: ...
-
-
-class ClientTunnel(Tunnel):
-    """A tunnel this node opened, from a pod's namespace."""
-
-    __slots__ = ("_connecting", "_credential", "_key", "_retired", "slot", "users")
-    role = Role.CLIENT
-    slot: Slot[ClientTunnel]
-
-    def __init__(self, worker: Worker, pod: PodState, key: PoolKey, credential: Credential) -> None:
-        worker.namespaces.enter(pod.netns)
-        super().__init__(worker, pod, stream_socket(key.ip))
-        self.remote = (key.ip, key.port)
-        self._key = key
-        self._credential = credential
-        self._retired = False
-        self.users: list[TunnelUser] = []
-        """Who waits for it to open."""
-        self._connecting: Connecting | None = Connecting(worker, self.sock, self._connected)
-        pod.client_tunnels.add(self)
-        worker.tunnels.add(self)
-
-    def begin(self) -> None:
-        if self._connecting is not None:
-            self._connecting.begin(self._key.ip, self._key.port)
-
-    def _connected(self, error: int) -> None:
-        self._connecting = None
-        if error:
-            where = address_text(self._key.ip, self._key.port)
-            hint = ": does a NetworkPolicy forbid port 15008?" if error == errno.ETIMEDOUT else ""
-            self.close(f"connect to {where}: {errno.errorcode.get(error, error)}{hint}", "CONNECT")
-            return
-        local = self.sock.getsockname()
-        self.local = (local[0], local[1])
-        self.handshake(self._credential.client)
-
-    def check_peer(self, tls: ssl.SSLObject) -> Identity:
-        return check_server(tls, self._key.identities)
-
-    def opened(self) -> None:
-        assert self.connection is not None
-        self.worker.pool.opened(self.slot, self.connection.peer_streams)
-        users, self.users = self.users, []
-        for user in users:
-            user.tunnel_ready(self)
-
-    def request(self, stream: Stream, fields: list[Header]) -> None:
-        """Never: a client's connection refuses streams of the server's."""
-
-    def going_away(self) -> None:
-        self._retire()
-
-    def _retire(self) -> None:
-        self.worker.pool.retire(self.slot)
-        connection = self.connection
-        if connection is not None and not connection.streams and not self.closed:
-            self.worker.soon(self._shut_idle)
-
-    def _shut_idle(self) -> None:
-        if self.connection is not None and not self.connection.streams:
-            self.shut("the peer is going away")
-
-    def released(self) -> None:
-        """One stream less."""
-        self.worker.pool.release(self.slot, self.worker.now())
-        if self.slot.retired:
-            self._retire()
-
-    def ended(self, error: str, flags: str) -> None:
-        if self._connecting is not None:
-            self._connecting.cancel()
-        self.worker.pool.retire(self.slot)
-        self.pod.client_tunnels.discard(self)
-        self.worker.tunnels.discard(self)
-        users, self.users = self.users, []
-        for user in users:
-            user.tunnel_failed(error, flags)
-
-
-class Places:
-    """Room for the tunnels peers open, by pod and by peer: neither a peer that opens ever more nor a pod that cannot
-    answer (without a certificate, say) takes it from others."""
-
-    def __init__(self) -> None:
-        self.of_pods = Shares(HANDSHAKES_MAX, HANDSHAKES_OF_POD)
-        self.of_peers = Shares(HANDSHAKES_MAX, HANDSHAKES_OF_PEER)
-        self.tunnels = Shares(TUNNELS_MAX, TUNNELS_OF_PEER)
-
-    def take(self, pod: str, peer: str) -> Place | None:
-        """A place for one tunnel from its accept to its end; None if there is none."""
-        if not self.tunnels.enter(peer):
-            return None
-        if not self.of_peers.enter(peer):
-            self.tunnels.leave(peer)
-            return None
-        if not self.of_pods.enter(pod):
-            self.tunnels.leave(peer)
-            self.of_peers.leave(peer)
-            return None
-        return Place(self, pod, peer)
-
-
-class Place:
-    """One tunnel's. Both calls may be repeated."""
-
-    __slots__ = ("_peer", "_places", "_pod", "_shaking", "_taken")
-
-    def __init__(self, places: Places, pod: str, peer: str) -> None:
-        self._places = places
-        self._pod = pod
-        self._peer = peer
-        self._shaking = True
-        self._taken = True
-
-    def shaken(self) -> None:
-        """The handshake is over."""
-        if self._shaking:
-            self._shaking = False
-            self._places.of_pods.leave(self._pod)
-            self._places.of_peers.leave(self._peer)
-
-    def give_back(self) -> None:
-        self.shaken()
-        if self._taken:
-            self._taken = False
-            self._places.tunnels.leave(self._peer)
-
-
-class ServerTunnel(Tunnel):
-    """A tunnel a peer opened to one of our pods. ``accept`` is given its requests."""
-
-    __slots__ = ("_accept", "_credential", "_place")
-    role = Role.SERVER
-
-    def __init__(
-        self,
-        worker: Worker,
-        pod: PodState,
-        sock: Socket,
-        credential: Credential,
-        accept: Callable[[ServerTunnel, Stream, list[Header]], None],
-        place: Place,
-    ) -> None:
-        super().__init__(worker, pod, sock)
-        self._place = place
-        self._credential = credential
-        self._accept = accept
-        pod.server_tunnels.add(self)
-        worker.tunnels.add(self)
-
-    def begin(self) -> None:
-        self.handshake(self._credential.server)
-
-    def check_peer(self, tls: ssl.SSLObject) -> Identity:
-        return check_client(tls, self._credential.identity)
-
-    def request(self, stream: Stream, fields: list[Header]) -> None:
-        self._accept(self, stream, fields)
-
-    def going_away(self) -> None:
-        """Says nothing of the streams that this end takes."""
-
-    def opened(self) -> None:
-        self._place.shaken()
-
-    def ended(self, error: str, flags: str) -> None:
-        self._place.give_back()
-        if self.connection is None:
-            self.worker.count("handshakes_failed")
-            self.worker.log("debug", f"{address_text(*self.remote)} -> {self.pod.pod.name}: {error}")
-        self.pod.server_tunnels.discard(self)
-        self.worker.tunnels.discard(self)
 
 
 def _reason(error: BaseException) -> str:

@@ -26,12 +26,14 @@ from ztunnel.core.hbone import Authorities, Requests
 from ztunnel.core.messages import ORPHAN_S, Connections, ControlChannel, Events
 from ztunnel.core.output import BufferPool
 from ztunnel.core.pool import Pool
+from ztunnel.io.client_tunnel import ClientTunnel
 from ztunnel.io.ledger import Ledger
 from ztunnel.io.link import Link
 from ztunnel.io.pods import PodState
 from ztunnel.io.relay import Relay
+from ztunnel.io.server_tunnel import Places
 from ztunnel.io.sockets import Expiring, Namespaces, Socket
-from ztunnel.io.tunnel import ClientTunnel, Places, Tunnel
+from ztunnel.io.tunnel import Tunnel
 from ztunnel.io.turns import Timer, Turns
 
 TICK_S: Final = 1.0
