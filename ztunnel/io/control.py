@@ -7,7 +7,6 @@ workers' streams from the parent, and ends when the parent does.
 from __future__ import annotations
 
 import asyncio
-import base64
 import contextlib
 import logging
 import signal
@@ -15,13 +14,9 @@ import socket
 import sys
 import time
 from collections.abc import Awaitable, Callable
-from datetime import UTC, datetime
 from typing import Any, Final
 
 import msgspec
-from cryptography import x509
-from cryptography.hazmat.primitives.serialization import Encoding
-from msgspec.structs import replace
 
 from ambient.errors import AmbientError, OurFault, PeerFault
 from ambient.io import ca_client, xds_client
@@ -30,17 +25,16 @@ from ambient.model.world import Diff, World
 from ambient.node import messages as node
 from ambient.settings import NodeSettings
 from ztunnel.core import dump, explain, messages
-from ztunnel.core.attributes import Descriptions, describe
 from ztunnel.core.local import Local
 from ztunnel.core.names import Names
 from ztunnel.core.state import Decisions, Outgoing
-from ztunnel.io import access_log, logs
+from ztunnel.io import logs, views
 from ztunnel.io.admin import Admin
 from ztunnel.io.certificates import Certificates, Create
 from ztunnel.io.dns import DnsProxy
-from ztunnel.io.flow_groups import Group
 from ztunnel.io.kernel_flows import KernelFlows
 from ztunnel.io.metrics import Metrics, product_version
+from ztunnel.io.recorder import Recorder
 from ztunnel.io.worker_link import WorkerLink
 
 TICK_S: Final = 0.25
@@ -72,6 +66,7 @@ class Control:
         # Answers must be newer than those of an earlier control process, which workers may still hold.
         self._decisions = Decisions(Local.of(settings.node_name), generation=_microseconds_since_boot())
         self._metrics = Metrics()
+        self._recorder = Recorder(self._decisions, self._metrics, settings.log_format)
         self._certificates = Certificates(settings, create, self._send)
         self._dns = DnsProxy(
             settings,
@@ -83,12 +78,11 @@ class Control:
         )
         self._flows = KernelFlows(
             settings,
-            lambda events: self._record(KERNEL, messages.Events(events=tuple(events))),
-            self._record_groups,
+            lambda events: self._recorder.events(KERNEL, messages.Events(events=tuple(events))),
+            self._recorder.groups,
             lambda: (self._decisions.world, self._decisions.local),
         )
         self._admin = Admin(settings, self)
-        self._descriptions = Descriptions()
         self._names: Names | None = None
         self._links: dict[int, WorkerLink] = {}
         self._alone = asyncio.Event()
@@ -246,7 +240,7 @@ class Control:
                     case messages.AskCertificate(identity=identity):
                         self._certificates.ask(link.serial, identity)
                     case messages.Events():
-                        self._record(link.serial, message)
+                        self._recorder.events(link.serial, message)
                     case messages.Connections(number=asked):
                         future = self._asked.pop(asked, None)
                         if future is not None and not future.done():
@@ -275,36 +269,6 @@ class Control:
     def _deliver(self, outgoing: Outgoing) -> None:
         for serial, message in outgoing:
             self._send(serial, message)
-
-    def _record(self, serial: int, batch: messages.Events) -> None:
-        world, local, find = self._decisions.world, self._decisions.local, self._descriptions.describe
-        lines: list[str] = []
-        for event in batch.events:
-            bound = self._metrics.open_connection(serial, event.connection)
-            bound = self._metrics.record(serial, event, bound.ends if bound else find(world, local, event))
-            if event.event != "progress":
-                whole = replace(event, sent=max(bound.sent, event.sent), received=max(bound.received, event.received))
-                line = access_log.line(whole, bound.ends, self._settings.log_format)
-                if line is not None:
-                    lines.append(line)
-        if lines:
-            logs.write_lines(lines)
-        self._metrics.add_counters(batch.counters)
-
-    def _record_groups(self, groups: list[Group]) -> None:
-        """Flows of the kernel that ended; those of each group are taken from it."""
-        logged = logging.getLogger(access_log.SCOPE).isEnabledFor(logging.INFO)
-        at = logs.timestamp(time.time())
-        lines: list[str] = []
-        for group in groups:
-            flows, group.flows = group.flows, []
-            sent, received = sum(flow[1] for flow in flows), sum(flow[2] for flow in flows)
-            for told in group.told:
-                self._metrics.record_ended(told.event, told.ends, len(flows), sent, received)
-                if logged:
-                    lines += [told.line % (at, *flow) for flow in flows]
-        if lines:
-            logs.write("".join(lines))
 
     # --- the control plane
 
@@ -377,7 +341,7 @@ class Control:
 
     def certificates(self) -> dump.Json:
         return [
-            _describe_certificate(identity, certificate, error)
+            views.certificate(identity, certificate, error)
             for identity, _, certificate, error in self._certificates.held()
         ]
 
@@ -397,31 +361,9 @@ class Control:
         rows: list[dump.Json] = []
         tunnels: list[dump.Json] = []
         for answer in answers:
-            rows.extend(self._describe_connection(row) for row in answer.rows)
+            rows.extend(views.connection(self._decisions.world, self._decisions.local, row) for row in answer.rows)
             tunnels.extend(dict(t) for t in answer.tunnels)
         return {"connections": rows, "tunnels": tunnels}
-
-    def _describe_connection(self, row: messages.ConnectionEvent) -> dump.Json:
-        outbound = row.reporter == "source"
-        ends = describe(self._decisions.world, self._decisions.local, row)
-        ours, theirs = (ends.source, ends.destination) if outbound else (ends.destination, ends.source)
-        return {
-            "workload": f"{ours.namespace}/{ours.name}" if ours.name else row.local,
-            "direction": "Outbound" if outbound else "Inbound",
-            "local": row.source_address if outbound else row.destination_address,
-            "remote": row.destination_address if outbound else row.source_address,
-            "remoteTarget": (ends.service_host or row.original) if outbound else "",
-            "protocol": row.protocol.upper(),
-            "remoteWorkload": f"{theirs.namespace}/{theirs.name}" if theirs.name else "",
-            "original": row.original,
-            "service": ends.service_host,
-            "sourceIdentity": row.source_identity,
-            "destinationIdentity": row.destination_identity,
-            "bytesSent": row.sent,
-            "bytesReceived": row.received,
-            "durationMs": round(row.duration_ms, 3),
-            "policy": row.policy,
-        }
 
     def metrics(self) -> bytes:
         parts = (self._decisions, self._certificates, self._dns, self._flows)
@@ -447,38 +389,6 @@ class Control:
 
     def _count(self, name: str) -> None:
         self._counters[name] = self._counters.get(name, 0) + 1
-
-
-def _describe_certificate(identity: str, certificate: messages.Certificate | None, error: str) -> dump.Json:
-    if certificate is None:
-        state = f"Unavailable: {error}" if error else "Initializing"
-        return {"identity": identity, "state": state, "certChain": [], "rootCerts": []}
-    return {
-        "identity": identity,
-        "state": "Available",
-        "error": error,
-        "certChain": _describe_pem(certificate.chain_pem),
-        "rootCerts": _describe_pem(certificate.roots_pem),
-    }
-
-
-def _describe_pem(pem: bytes) -> list[dump.Json]:
-    found: list[dump.Json] = []
-    with contextlib.suppress(ValueError):
-        for certificate in x509.load_pem_x509_certificates(pem):
-            found.append(
-                {
-                    "pem": base64.b64encode(certificate.public_bytes(Encoding.PEM)).decode(),
-                    "serialNumber": str(certificate.serial_number),
-                    "validFrom": _rfc3339(certificate.not_valid_before_utc),
-                    "expirationTime": _rfc3339(certificate.not_valid_after_utc),
-                }
-            )
-    return found
-
-
-def _rfc3339(at: datetime) -> str:
-    return at.astimezone(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
 
 
 def _microseconds_since_boot() -> int:
