@@ -87,6 +87,8 @@ int sk_msg(struct sk_msg_md *ctx)
 	seen.queued_messages = mine->queued_messages;
 	if (seen.state == FLOW_NATIVE)
 		seen.native_gone = is_native_gone(mine, peer);
+	else
+		seen.native_gone = read32(sender, OFF_TCP_WRITE_SEQ) == peer->seen_seq;
 	seen.edge = sock_waits(peer->sock) == WAITS_SHORT;
 	if (seen.forward < (__s32)seen.size)
 		seen.pressed = sock_pressed(peer->sock, seen.size);
@@ -103,6 +105,7 @@ int sk_msg(struct sk_msg_md *ctx)
 	    sockets.msg_redirect_hash(ctx, &theirs, BPF_F_INGRESS) != SK_PASS)
 		return go_native(mine, seen.now_ns);
 	if (seen.state == FLOW_NATIVE) {
+		peer->seen_seq = read32(sender, OFF_TCP_WRITE_SEQ);
 		mine->state = FLOW_REDIRECT;
 		mine->switches += 1;
 	}

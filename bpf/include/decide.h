@@ -261,7 +261,7 @@ struct redirection {
 	__u32 rmem;             /* bytes the receiver holds, native and redirected */
 	__u32 high;
 	__s32 forward;          /* bytes already set aside for the receiver */
-	__u8 native_gone;       /* native_is_gone() */
+	__u8 native_gone;       /* native_is_gone(); of FLOW_REDIRECT: no native byte was written since it was */
 	__u8 receiver_ready;    /* its descriptor exists and is O_NONBLOCK */
 	__u8 pressed;           /* memory might be refused */
 	__u8 edge;              /* somebody waits for the receiver edge-triggered */
@@ -287,7 +287,7 @@ struct progress {
 	__u32 acknowledged;     /* the sender's snd_una */
 	__u32 arrived;          /* the receiver's rcv_nxt */
 	__u32 consumed;         /* the receiver's copied_seq */
-	__u32 seen;             /* the same when the receiver was inserted */
+	__u32 seen;             /* the same when the receiver was inserted, or the direction last turned to redirection */
 	__u8 reading;           /* somebody has the receiver's lock in a system call */
 	__u8 numbered;          /* END_NUMBERED */
 	__u8 pad[2];
@@ -319,7 +319,7 @@ static __always_inline int decide_redirect(const struct redirection *seen)
 	 * when nothing is unread, so that the reader finds it in the same turn. */
 	if (seen->now_ns - seen->last_native_ns > (seen->rmem ? 2ull : 1ull) * REDIRECT_NATIVE_EVERY_NS)
 		return 0;
-	return seen->state == FLOW_REDIRECT || seen->native_gone;
+	return seen->native_gone;
 }
 
 #endif

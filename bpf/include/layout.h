@@ -347,7 +347,8 @@ struct flow_end {
 	__u32 state;                /* FLOW_* */
 	__u32 flags;                /* END_CLOSED, END_NUMBERED */
 	__u32 sighting;             /* END_NONBLOCK, END_INSERTED, END_ZEROCOPY, END_EDGE, END_READY, END_WAITED */
-	__u32 seen_seq;             /* copied_seq when first seen O_NONBLOCK, then when inserted */
+	__u32 seen_seq;             /* copied_seq when first seen O_NONBLOCK, when inserted, when the other end last turned to
+	                             * redirection; that also is what had been written natively to it then */
 	__u32 lookups;              /* of the socket by the tc program, which are bounded */
 };
 _Static_assert(sizeof(struct flow_end) == 88, "flow_end");

@@ -31,7 +31,15 @@ class Redirection(ctypes.Structure):
     ]
 
 
-GOOD = {"now_ns": 100 * S, "last_native_ns": 99 * S, "size": 10, "state": REDIRECT, "high": 1000, "receiver_ready": 1}
+GOOD = {
+    "now_ns": 100 * S,
+    "last_native_ns": 99 * S,
+    "size": 10,
+    "state": REDIRECT,
+    "high": 1000,
+    "native_gone": 1,
+    "receiver_ready": 1,
+}
 
 
 @pytest.fixture
@@ -50,6 +58,7 @@ def redirects(decide):  # noqa: F811
         ({"rmem": 1001}, False),
         ({"queued_messages": 255, "rmem": 255}, True),
         ({"queued_messages": 256, "rmem": 256}, False),
+        ({"native_gone": 0}, False),
         ({"state": NATIVE, "native_gone": 1}, True),
         ({"state": NATIVE, "native_gone": 0}, False),
         ({"state": NATIVE, "native_gone": 1, "pressed": 1}, False),
