@@ -30,16 +30,12 @@ from ztunnel.core.messages import ControlChannel, Draining, WorkerChannel
 from ztunnel.io import logs
 from ztunnel.io.child import Child, Pending
 from ztunnel.io.descriptors import Descriptor, HeldPod
+from ztunnel.io.holder_link import HolderLink
 
-RECONNECT_S: Final = 0.2
-HOLDS_MAX: Final = 380
-"""Pod UIDs that fit one Hello."""
 DRAIN_SPARE_S: Final = 1.0
 """Beyond drain_s, before a worker that does not end is killed."""
 CONTROL_STOP_S: Final = 2.0
-HOLDER_OUTBOX_MAX: Final = 8192
 
-FromHolder = m.PodPut | m.PodRemove | m.SnapshotSent | m.ReturnPods | m.Ack
 Worker = Callable[[NodeSettings, int, int], int]
 ControlBody = Callable[[NodeSettings, int], int]
 _log = logging.getLogger("ztunnel")
@@ -64,10 +60,7 @@ class Parent:
         self._control = Child("ztunnel-control", -1)
         self._pods: dict[str, HeldPod] = {}
         self._pending: dict[str, deque[Pending]] = {}
-        self._holder: PacketSocket[Any] | None = None
-        self._holder_outbox: deque[tuple[m.Message, tuple[Descriptor, ...]]] = deque()
-        self._connect_at = 0.0
-        self._complained = False
+        self._holder = HolderLink(self._run_dir / "holder.sock", self._selector, self._pending.clear)
         self._snapshot = False
         self._signals: set[int] = set()
         self._deadline: float | None = None
@@ -101,7 +94,7 @@ class Parent:
                         os.read(wake_read, 512)
                     except BlockingIOError:
                         pass
-                case "holder":
+                case HolderLink():
                     self._holder_ready(events)
                 case ("pidfd", Child() as child):
                     if child.running:
@@ -112,8 +105,8 @@ class Parent:
 
     def _timeout(self) -> float | None:
         times = [c.start_at for c in self._children() if not c.running and self._deadline is None]
-        if self._holder is None and self._deadline is None:
-            times.append(self._connect_at)
+        if self._holder.socket is None and self._deadline is None:
+            times.append(self._holder.connect_at)
         if self._deadline is not None:
             times.append(self._deadline)
         return max(0.0, min(times) - time.monotonic()) if times else None
@@ -126,8 +119,8 @@ class Parent:
         if self._deadline is not None:
             self._watch_writes()
             return self._stopped(now)
-        if self._holder is None and self._connect_at <= now:
-            self._connect(now)
+        if self._holder.socket is None and self._holder.connect_at <= now:
+            self._holder.connect(now, tuple(self._pods))
         self._start_children(now)
         self._watch_writes()
         return False
@@ -299,8 +292,8 @@ class Parent:
         for child in self._children():
             if child.socket is not None:
                 self._watch(child.socket, child, bool(child.outbox))
-        if self._holder is not None:
-            self._watch(self._holder, "holder", bool(self._holder_outbox))
+        if self._holder.socket is not None:
+            self._watch(self._holder.socket, self._holder, bool(self._holder.outbox))
 
     def _watch(self, sock: PacketSocket[Any], data: object, write: bool) -> None:
         events = selectors.EVENT_READ | (selectors.EVENT_WRITE if write else 0)
@@ -309,42 +302,11 @@ class Parent:
 
     # --- the holder
 
-    def _connect(self, now: float) -> None:
-        path = self._run_dir / "holder.sock"
-        try:
-            sock = seqpacket.connect(path)
-        except OSError as error:
-            if not self._complained:
-                self._complained = True
-                _log.warning("%s: %s; trying on", path, error.strerror)
-            self._connect_at = now + RECONNECT_S
-            return
-        self._complained = False
-        sock.setblocking(False)
-        self._holder = PacketSocket(sock, FromHolder)
-        self._selector.register(self._holder, selectors.EVENT_READ, "holder")
-        self._holder_outbox.clear()
-        self._pending.clear()
-        self._tell_holder(m.Hello(role="ztunnel", pid=os.getpid(), holds=tuple(self._pods)[:HOLDS_MAX]))
-        _log.info("connected to the holder, holding %d pods", len(self._pods))
-
     def _holder_ready(self, events: int) -> None:
-        if events & selectors.EVENT_WRITE:
-            self._flush_holder()
-        if not events & selectors.EVENT_READ or self._holder is None:
-            return
-        try:
-            packet = self._holder.receive()
-        except BlockingIOError:
-            return
-        except (AmbientError, OSError) as error:
-            self._lose_holder(str(error))
-            return
+        packet = self._holder.ready(events)
         if packet is None:
-            self._lose_holder("it is gone")
             return
-        message, fds = packet
-        descriptors = [Descriptor(fd) for fd in fds]
+        message, descriptors = packet
         match message:
             case m.PodPut():
                 self._put(message, descriptors)
@@ -357,35 +319,6 @@ class Parent:
             case m.ReturnPods(uids=uids):
                 for uid in uids:
                     self._return(uid)
-
-    def _lose_holder(self, why: str) -> None:
-        """Serve on with what is here, and look for the next holder."""
-        _log.warning("holder: %s; trying to reach the next one", why)
-        if self._holder is not None:
-            self._selector.unregister(self._holder)
-            self._holder.close()
-            self._holder = None
-        self._holder_outbox.clear()
-        self._pending.clear()
-        self._connect_at = time.monotonic()
-
-    def _tell_holder(self, message: m.Message, descriptors: tuple[Descriptor, ...] = ()) -> None:
-        if self._holder is not None:
-            self._holder_outbox.append((message, descriptors))
-            self._flush_holder()
-
-    def _flush_holder(self) -> None:
-        while self._holder_outbox and self._holder is not None:
-            message, descriptors = self._holder_outbox[0]
-            try:
-                self._holder.send(message, [d.fd for d in descriptors])
-            except BlockingIOError:
-                if len(self._holder_outbox) > HOLDER_OUTBOX_MAX:
-                    self._lose_holder("it does not read its messages")
-                return
-            except OSError:
-                return  # the read side tells of the end
-            self._holder_outbox.popleft()
 
     # --- pods
 
@@ -433,7 +366,7 @@ class Parent:
         queue = self._pending.get(uid)
         while queue and not queue[0].waiting:
             pending = queue.popleft()
-            self._tell_holder(m.Ack(uid=uid, error="; ".join(pending.errors)[:1000]))
+            self._holder.tell(m.Ack(uid=uid, error="; ".join(pending.errors)[:1000]))
         if not queue:
             self._pending.pop(uid, None)
 
@@ -441,7 +374,7 @@ class Parent:
         held = self._pods.get(uid)
         if held is not None:
             descriptors = tuple(held.descriptors.values())
-            self._tell_holder(m.PodPut(pod=held.pod, fds=tuple(held.descriptors)), descriptors)
+            self._holder.tell(m.PodPut(pod=held.pod, fds=tuple(held.descriptors)), descriptors)
 
 
 def _unacceptable(put: m.PodPut) -> str:
