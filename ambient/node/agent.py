@@ -57,7 +57,7 @@ log = logging.getLogger(__name__)
 
 
 class KubeApi:
-    """`ambient.node.pods.Api` on a real API server."""
+    """`ambient.node.annotations.Api` on a real API server."""
 
     def __init__(self, client: KubeClient) -> None:
         self._client = client

@@ -7,6 +7,7 @@ import logging
 import os
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
+from typing import Any
 
 from ambient.datapath.entries import LocalPod
 from ambient.errors import AmbientError, PlatformFault
@@ -94,6 +95,25 @@ class Member:
     def acceleration(self) -> Acceleration:
         """As wanted, `auto` resolved for this kernel."""
         return resolve(Acceleration(self.record.acceleration), auto_redirect=self.auto_redirect)
+
+    def row(self) -> dict[str, Any]:
+        """For the agent's status."""
+        record = self.record
+        return {
+            "uid": record.uid,
+            "namespace": record.namespace,
+            "name": record.name,
+            "state": self.state,
+            "reason": self.reason,
+            "detail": self.detail,
+            "addresses": list(record.addresses),
+            "workload_uid": self.workload_uid,
+            "netns_cookie": self.cookie,
+            "generation": record.generation,
+            "annotated": self.annotated,
+            "acceleration": self.acceleration.value,
+            "problem": self.acceleration_problem,
+        }
 
     def message(self, number: int) -> m.Pod:
         record = self.record

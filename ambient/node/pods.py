@@ -9,18 +9,18 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable
 from pathlib import Path
-from typing import Any, Final, Protocol
+from typing import Any, Final
 
 from ambient.datapath.entries import LocalPod
 from ambient.errors import AmbientError, PlatformFault
-from ambient.manifest import mesh as words
 from ambient.manifest.mesh import Mesh
 from ambient.manifest.objects import Namespace, Pod
 from ambient.manifest.pods import Enrol, Leave, NotEnrolled, addresses_of, in_world, workload_uid
 from ambient.node import enrol, living
 from ambient.node import messages as m
+from ambient.node.annotations import Annotations, Api
 from ambient.node.holder_client import Handle, HolderClient
 from ambient.node.kernel import Kernel
 from ambient.node.listeners import Refused
@@ -32,21 +32,8 @@ from ambient.settings import NodeSettings
 AUDIT_S: Final = 30.0
 RETRY_MAX_S: Final = 30.0
 PODS_MAX: Final = 1024
-NOT_ENROLLED: Final = "ambient.mesh/not-enrolled"
-"""Annotation of a pod that was asked into the mesh and cannot be in it: ``reason: sentence``."""
 
 log = logging.getLogger(__name__)
-
-
-class Api(Protocol):
-    """What is asked of the API server. Faults are AmbientError."""
-
-    async def pod(self, namespace: str, name: str) -> Pod | None: ...
-
-    async def namespace(self, name: str) -> Namespace | None: ...
-
-    async def annotate(self, namespace: str, name: str, annotations: Mapping[str, str | None]) -> None:
-        """Nothing happens if there is no such pod."""
 
 
 class Pods:
@@ -64,6 +51,7 @@ class Pods:
         self._mesh = Mesh(trust_domain=settings.trust_domain, cluster_id=settings.cluster_id)
         self.records = records
         self.api = api
+        self._annotations = Annotations(api)
         self._acknowledged = acknowledged
         self._pods_cgroup = pods_cgroup
         self.kernel: Kernel | None = None
@@ -83,29 +71,8 @@ class Pods:
         return [pod for member in self.members.values() if (pod := member.local_pod()) is not None]
 
     def status(self) -> list[dict[str, Any]]:
-        rows = []
-        for member in sorted(self.members.values(), key=lambda x: x.title):
-            record = member.record
-            if record.gone:
-                continue
-            rows.append(
-                {
-                    "uid": record.uid,
-                    "namespace": record.namespace,
-                    "name": record.name,
-                    "state": member.state,
-                    "reason": member.reason,
-                    "detail": member.detail,
-                    "addresses": list(record.addresses),
-                    "workload_uid": member.workload_uid,
-                    "netns_cookie": member.cookie,
-                    "generation": record.generation,
-                    "annotated": member.annotated,
-                    "acceleration": member.acceleration.value,
-                    "problem": member.acceleration_problem,
-                }
-            )
-        return rows
+        members = sorted(self.members.values(), key=lambda x: x.title)
+        return [member.row() for member in members if not member.record.gone]
 
     def netns_of(self, cookie: int) -> int | None:
         """The descriptor of an enrolled pod's namespace."""
@@ -210,8 +177,7 @@ class Pods:
             self.members[member.record.uid] = member
             self.records.pods[member.record.uid] = member.record
         member.api = new
-        member.annotated = new.annotations.get(words.REDIRECTION) == "enabled"
-        member.told = new.annotations.get(NOT_ENROLLED, "")
+        self._annotations.take(member, new)
         member.record.service_account = new.spec.service_account_name or "default"
         self._take_addresses(member, new)
         self.kick(member)
@@ -355,11 +321,11 @@ class Pods:
             case Leave():
                 await self._bring_out(member)
                 self.note(member, "not_enrolled")
-                await self._tell(member, "")
+                await self._annotations.reason(member, "")
             case NotEnrolled(reason=reason, detail=detail):
                 await self._bring_out(member)
                 self.note(member, "refused", reason, detail)
-                await self._tell(member, f"{reason}: {detail}")
+                await self._annotations.reason(member, f"{reason}: {detail}")
 
     async def _bring_in(self, member: Member) -> None:
         record = member.record
@@ -377,10 +343,10 @@ class Pods:
         except Refused as refusal:
             await self._bring_out(member)
             self.note(member, "refused", refusal.reason, refusal.detail)
-            await self._tell(member, f"{refusal.reason}: {refusal.detail}")
+            await self._annotations.reason(member, f"{refusal.reason}: {refusal.detail}")
             raise
         await self.steps(member).annotate(True)
-        await self._tell(member, "")
+        await self._annotations.reason(member, "")
 
     def check(self, member: Member) -> None:
         """Raises Refused if the pod, as it is now, cannot be served."""
@@ -440,7 +406,7 @@ class Pods:
             self.holder,
             open_netns=lambda x: living.open_netns(x.record, self._pods_cgroup()),
             addresses_changed=self.addresses_changed,
-            annotate=self._annotate,
+            annotate=self._annotations.in_mesh,
             acknowledged=self._acknowledged,
             wanted_back=lambda x: isinstance(self.wishes.verdict(x), Enrol),
         )
@@ -455,25 +421,6 @@ class Pods:
             await asyncio.sleep(AUDIT_S)
             for member in list(self.members.values()):
                 self.kick(member)
-
-    # --- words on the pod
-
-    async def _annotate(self, member: Member, enabled: bool) -> None:
-        if member.annotated is enabled:
-            return
-        value = "enabled" if enabled else None
-        await self.api.annotate(member.record.namespace, member.record.name, {words.REDIRECTION: value})
-        member.annotated = enabled
-
-    async def _tell(self, member: Member, reason: str) -> None:
-        """Write on the pod why it is not in the mesh; a failure is only logged."""
-        if member.told == reason or member.api is None:
-            return
-        try:
-            await self.api.annotate(member.record.namespace, member.record.name, {NOT_ENROLLED: reason or None})
-            member.told = reason
-        except AmbientError as error:
-            log.warning("pod %s: %s", member.title, error)
 
     # --- sandboxes that end
 

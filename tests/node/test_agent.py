@@ -31,7 +31,7 @@ from ambient.model.address import parse_ip
 from ambient.model.workload import Port, Service, TunnelProtocol, Workload
 from ambient.model.world import World
 from ambient.node import cni
-from ambient.node.pods import NOT_ENROLLED
+from ambient.node.annotations import NOT_ENROLLED
 from ambient.node.wishes import ON_FAILURE
 from tests.node.real_node import NODE, RealNode, Sandbox, real_node
 from tests.support.require import require
