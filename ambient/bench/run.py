@@ -174,11 +174,11 @@ def compile_load(directory: File) -> File:
         if shutil.which(tool) is None:
             raise PlatformFault(f"{tool} is not installed: apt-get install {package}")
     program = directory / "load"
-    source = File(__file__).with_name("load.c")
-    argv = ["gcc", "-O2", "-Wall", "-Wextra", "-Werror", "-o", str(program), str(source)]
+    sources = [str(File(__file__).with_name(name)) for name in ("load.c", "load_server.c")]
+    argv = ["gcc", "-O2", "-Wall", "-Wextra", "-Werror", "-o", str(program), *sources]
     done = subprocess.run(argv, capture_output=True, text=True, check=False)
     if done.returncode:
-        raise PlatformFault(f"{source} does not compile: {done.stderr[-1000:]}")
+        raise PlatformFault(f"{sources[0]} does not compile: {done.stderr[-1000:]}")
     return program
 
 
