@@ -190,15 +190,16 @@ class TestBounds:
         until(lambda: held_bytes(held.server) == 0, "the receiver holds nothing")
         held.warm()
 
-    def test_a_native_message_goes_at_least_every_ten_seconds(self, held):
+    def test_a_native_message_goes_every_few_seconds(self, held):
         held.warm()
+        seen = [held.ends()[0].last_native_ns]
         began = time.monotonic()
-        switches = held.ends()[0].switches
-        while held.ends()[0].switches == switches:
-            assert time.monotonic() - began < 10
+        while len(seen) < 3:
+            assert time.monotonic() - began < 15
             held.ping()
-            os.sched_yield()
-        assert time.monotonic() - began > 2
+            if held.ends()[0].last_native_ns - seen[-1] > 1e9:
+                seen.append(held.ends()[0].last_native_ns)
+        assert 2.9 < (seen[2] - seen[1]) / 1e9 < 6
 
     def test_a_path_that_drops_stops_the_flow_within_ten_seconds(self, node, pods, held):
         held.warm()
