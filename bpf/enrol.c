@@ -11,6 +11,7 @@
 static __always_inline void look(struct __sk_buff *skb, struct tuple_key *key, struct flow_end *end,
 				 const struct flow_end *other, struct bpf_sock_tuple *tuple, __u32 length, __u64 now)
 {
+	struct receiver receiver = {};
 	struct bpf_sock *sk;
 	__u64 sock;
 	__u32 consumed;
@@ -24,7 +25,8 @@ static __always_inline void look(struct __sk_buff *skb, struct tuple_key *key, s
 	sock = sock_address(sk);
 	if (found_state(sk) != STATE_ESTABLISHED || !sock_is(sock, end->cookie))
 		goto out;
-	file = sock_file(sock);
+	read_receiver(sock, &receiver);
+	file = receiver_file(&receiver);
 	if (sock_zerocopy(sock)) {
 		end->sighting |= END_ZEROCOPY;
 		count(REASON_REDIRECT_ZEROCOPY);
@@ -34,7 +36,7 @@ static __always_inline void look(struct __sk_buff *skb, struct tuple_key *key, s
 		end->sighting &= ~(END_NONBLOCK | END_READY);
 		goto out;
 	}
-	waits = sock_waits(sock);
+	waits = receiver_waits(&receiver);
 	if (waits == WAITS_SHORT) {
 		/* Such a socket could only send by redirection, and pays for being in a sockhash: FIONREAD, by which nginx
 		 * knows that there is more to read, does not count native bytes there on some kernels. */

@@ -40,6 +40,7 @@ int sk_msg(struct sk_msg_md *ctx)
 	struct tuple_key own = msg_tuple(ctx);
 	struct tuple_key theirs = other_end(&own);
 	struct redirection seen = {};
+	struct receiver receiver = {};
 	struct settings_value *now = current_settings();
 	struct flow_value *flow;
 	struct flow_end *mine, *peer;
@@ -65,33 +66,37 @@ int sk_msg(struct sk_msg_md *ctx)
 	if (!(now->acceleration & CAN_REDIRECT) || (now->acceleration & DRAINING) ||
 	    mine->state == FLOW_BLOCKING || peer->state == FLOW_BLOCKING ||
 	    !(mine->sighting & END_INSERTED) || !(peer->sighting & END_INSERTED) || !msg_may_send(ctx) ||
-	    (peer->flags & END_CLOSED) || sock_zerocopy(sender) || !sock_is(peer->sock, peer->cookie))
+	    (peer->flags & END_CLOSED) || sock_zerocopy(sender))
 		return go_native(mine, seen.now_ns);
 
+	read_receiver(peer->sock, &receiver);
+	file = receiver_file(&receiver);
+	seen.edge = receiver_waits(&receiver) == WAITS_SHORT;
 	seen.size = msg_size(ctx);
 	seen.state = mine->state;
 	seen.last_native_ns = mine->last_native_ns;
-	file = sock_file(peer->sock);
+	seen.receiver_ready = file == FILE_NONBLOCKING;
+	seen.rmem = receiver.rmem;
+	seen.forward = receiver.forward;
+	seen.high = redirect_high(now->high_bytes, receiver.rcvbuf);
+	if (seen.state == FLOW_NATIVE)
+		seen.native_gone = is_native_gone(mine, peer);
+	else
+		seen.native_gone = read32(sender, OFF_TCP_WRITE_SEQ) == peer->seen_seq;
+	if (seen.forward < (__s32)seen.size)
+		seen.pressed = sock_pressed(peer->sock, seen.size);
+	/* Only now is what was read known to be the receiver's. */
+	if (!sock_is(peer->sock, peer->cookie))
+		return go_native(mine, seen.now_ns);
 	if (file == FILE_BLOCKS) {
 		go_native(mine, seen.now_ns);
 		mine->state = FLOW_BLOCKING;
 		count(REASON_REDIRECT_BLOCKING);
 		return SK_PASS;
 	}
-	seen.receiver_ready = file == FILE_NONBLOCKING;
-	seen.rmem = read32(peer->sock, OFF_SOCK_RMEM);
-	seen.forward = read32(peer->sock, OFF_SOCK_FORWARD);
-	seen.high = redirect_high(now->high_bytes, read32(peer->sock, OFF_SOCK_RCVBUF));
 	if (!seen.rmem)
 		mine->queued_messages = 0;
 	seen.queued_messages = mine->queued_messages;
-	if (seen.state == FLOW_NATIVE)
-		seen.native_gone = is_native_gone(mine, peer);
-	else
-		seen.native_gone = read32(sender, OFF_TCP_WRITE_SEQ) == peer->seen_seq;
-	seen.edge = sock_waits(peer->sock) == WAITS_SHORT;
-	if (seen.forward < (__s32)seen.size)
-		seen.pressed = sock_pressed(peer->sock, seen.size);
 	if (!decide_redirect(&seen)) {
 		if (seen.state == FLOW_REDIRECT && redirect_full(&seen))
 			count(REASON_REDIRECT_HIGH);
@@ -101,8 +106,7 @@ int sk_msg(struct sk_msg_md *ctx)
 			count(REASON_REDIRECT_EDGE);
 		return go_native(mine, seen.now_ns);
 	}
-	if (!sock_is(peer->sock, peer->cookie) ||
-	    sockets.msg_redirect_hash(ctx, &theirs, BPF_F_INGRESS) != SK_PASS)
+	if (sockets.msg_redirect_hash(ctx, &theirs, BPF_F_INGRESS) != SK_PASS)
 		return go_native(mine, seen.now_ns);
 	if (seen.state == FLOW_NATIVE) {
 		peer->seen_seq = read32(sender, OFF_TCP_WRITE_SEQ);

@@ -32,6 +32,29 @@ static __always_inline __u64 read64(__u64 base, __u32 offset)
 	return value;
 }
 
+/* Fields that lie near each other are read at once: a call of the helper costs more than the bytes between. NEAR_MAX
+ * bounds the stack; where a kernel has them farther apart each is read by itself. */
+#define NEAR_MAX 200
+#define LOWER(a, b) ((a) < (b) ? (a) : (b))
+#define HIGHER(a, b) ((a) > (b) ? (a) : (b))
+
+/* Two words of 8 and of `size` bytes. */
+static __always_inline void read_two(__u64 base, __u32 first, __u64 *word, __u32 second, void *other, __u32 size)
+{
+	__u32 low = LOWER(first, second), span = HIGHER(first + 8, second + size) - low;
+
+	if (span <= 64) {
+		__u8 near[64];
+
+		bpf_probe_read_kernel(near, span, (void *)(base + low));
+		__builtin_memcpy(word, near + first - low, 8);
+		__builtin_memcpy(other, near + second - low, size);
+	} else {
+		*word = read64(base, first);
+		bpf_probe_read_kernel(other, size, (void *)(base + second));
+	}
+}
+
 /* A socket pointer as a number: the verifier allows no arithmetic on the pointer itself. */
 static __always_inline __u64 sock_address(struct bpf_sock *sk)
 {
@@ -52,17 +75,50 @@ static __always_inline int sock_is(__u64 sock, __u64 cookie)
 #define FILE_BLOCKS 1
 #define FILE_NONBLOCKING 2
 
-/* How the application's descriptor is set; FILE_NONE before accept() and after close(). */
-static __always_inline int sock_file(__u64 sock)
-{
-	__u64 file, sk_socket = read64(sock, OFF_SOCK_SOCKET);
+/* What is asked of a receiver for each message. */
+struct receiver {
+	__u64 file;    /* 0 before accept() and after close() */
+	__u64 queue;   /* of those who wait for it */
+	__u32 rmem;
+	__u32 rcvbuf;
+	__s32 forward;
+};
 
-	if (!sk_socket)
+#define RECEIVER_LOW \
+	LOWER(LOWER(LOWER(OFF_SOCK_RMEM, OFF_SOCK_RCVBUF), LOWER(OFF_SOCK_WQ, OFF_SOCK_SOCKET)), OFF_SOCK_FORWARD)
+#define RECEIVER_HIGH \
+	HIGHER(HIGHER(HIGHER(OFF_SOCK_RMEM, OFF_SOCK_RCVBUF) + 4, HIGHER(OFF_SOCK_WQ, OFF_SOCK_SOCKET) + 8), OFF_SOCK_FORWARD + 4)
+#define RECEIVER_SPAN (RECEIVER_HIGH - RECEIVER_LOW)
+
+static __always_inline void read_receiver(__u64 sock, struct receiver *out)
+{
+	__u64 sk_socket = 0;
+
+	if (RECEIVER_SPAN <= NEAR_MAX) {
+		__u8 near[NEAR_MAX];
+
+		bpf_probe_read_kernel(near, RECEIVER_SPAN, (void *)(sock + RECEIVER_LOW));
+		__builtin_memcpy(&sk_socket, near + OFF_SOCK_SOCKET - RECEIVER_LOW, 8);
+		__builtin_memcpy(&out->queue, near + OFF_SOCK_WQ - RECEIVER_LOW, 8);
+		__builtin_memcpy(&out->rmem, near + OFF_SOCK_RMEM - RECEIVER_LOW, 4);
+		__builtin_memcpy(&out->rcvbuf, near + OFF_SOCK_RCVBUF - RECEIVER_LOW, 4);
+		__builtin_memcpy(&out->forward, near + OFF_SOCK_FORWARD - RECEIVER_LOW, 4);
+	} else {
+		sk_socket = read64(sock, OFF_SOCK_SOCKET);
+		out->queue = read64(sock, OFF_SOCK_WQ);
+		out->rmem = read32(sock, OFF_SOCK_RMEM);
+		out->rcvbuf = read32(sock, OFF_SOCK_RCVBUF);
+		out->forward = read32(sock, OFF_SOCK_FORWARD);
+	}
+	out->file = sk_socket ? read64(sk_socket, OFF_SOCKET_FILE) : 0;
+}
+
+/* How the application's descriptor is set. */
+static __always_inline int receiver_file(const struct receiver *socket)
+{
+	if (!socket->file)
 		return FILE_NONE;
-	file = read64(sk_socket, OFF_SOCKET_FILE);
-	if (!file)
-		return FILE_NONE;
-	return read32(file, OFF_FILE_FLAGS) & FILE_NONBLOCK ? FILE_NONBLOCKING : FILE_BLOCKS;
+	return read32(socket->file, OFF_FILE_FLAGS) & FILE_NONBLOCK ? FILE_NONBLOCKING : FILE_BLOCKS;
 }
 
 static __always_inline int sock_zerocopy(__u64 sock)
@@ -80,29 +136,33 @@ static __always_inline int sock_zerocopy(__u64 sock)
 /* Who waits for the socket. By edges a short read means that it is empty, and with RDHUP (HAProxy) that it has ended;
  * with native bytes behind redirected ones both is wrong. A waiter of another kind (poll, select) is no eppoll_entry: what is
  * read of it means nothing, and it counts as epoll's only if it leads to the socket's own file. */
-static __always_inline int sock_waits(__u64 sock)
+static __always_inline int receiver_waits(const struct receiver *socket)
 {
-	__u64 queue = read64(sock, OFF_SOCK_WQ), head, node, item, file;
+	__u64 queue = socket->queue, async = 0, head, node = 0;
 	int found = 0;
 
-	if (!queue || read64(queue, OFF_WQ_ASYNC))
+	if (!queue)
 		return WAITS_SHORT;
-	file = read64(read64(sock, OFF_SOCK_SOCKET), OFF_SOCKET_FILE);
+	read_two(queue, OFF_WQ_ASYNC, &async, OFF_WQ_HEAD, &node, sizeof(node));
+	if (async)
+		return WAITS_SHORT;
 	head = queue + OFF_WQ_HEAD;
-	node = read64(head, 0);
 #pragma unroll
 	for (int index = 0; index < WAITERS_MAX; index++) {
-		__u32 events;
+		__u64 item = 0, next = 0, file = 0;
+		__u32 events = 0;
 
 		if (!node || node == head)
 			return found;
-		item = read64(node - OFF_EPOLL_ENTRY, OFF_EPOLL_BASE);
-		events = read64(item, OFF_EPITEM_FILE) == file ? read32(item, OFF_EPITEM_EVENTS) : EPOLL_IN;
+		read_two(node - OFF_EPOLL_ENTRY, OFF_EPOLL_BASE, &item, OFF_EPOLL_ENTRY, &next, sizeof(next));
+		read_two(item, OFF_EPITEM_FILE, &file, OFF_EPITEM_EVENTS, &events, sizeof(events));
+		if (file != socket->file)
+			events = EPOLL_IN;
 		if (events & (EPOLL_EDGE | EPOLL_RDHUP))
 			return WAITS_SHORT;
 		if (events & EPOLL_IN)
 			found = WAITS_INPUT;
-		node = read64(node, 0);
+		node = next;
 	}
 	return node != head ? WAITS_SHORT : found;
 }
