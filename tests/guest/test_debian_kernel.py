@@ -34,7 +34,7 @@ INSIDE = (  # without [parameters]: all of them
     f"{MEMORY}::test_an_idle_receiver_gives_its_sender_eagain_and_no_enomem[65536]",
     f"{MEMORY}::test_a_reading_one_gets_every_byte_and_its_sender_no_enomem",
     "tests/net/test_capture.py::test_a_captured_connection_reaches_ztunnel_with_its_record",
-    "tests/net/test_inbound.py::TestDelivery::test_the_application_sees_the_true_client[2]",
+    "tests/net/test_delivery.py::TestDelivery::test_the_application_sees_the_true_client[2]",
     "tests/net/test_inbound.py::TestSteering::test_plaintext_goes_to_ztunnel_with_the_original_destination[2]",
     f"{SAME_NODE}::test_an_allowed_connection_goes_straight_to_the_pod",
     f"{SAME_NODE}::test_a_service_is_resolved_in_the_kernel_and_the_application_sees_what_it_dialled",

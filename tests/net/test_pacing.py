@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.net.test_inbound import deliver
+from tests.net.test_delivery import deliver
 
 pytestmark = [pytest.mark.net, pytest.mark.bpf]
 

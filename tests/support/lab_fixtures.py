@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from ambient.datapath.layout import LAYOUT
+from ambient.datapath.values import AuthorizedValue, TupleKey
 from tests.support.netlab import Lab, Node, Pod, until
 from tests.support.require import require
 
@@ -73,3 +75,19 @@ def b(make_pod) -> Pod:
     pod = make_pod()
     pod.enrol()
     return pod
+
+
+@pytest.fixture
+def outside(make_pod):
+    """A pod the mesh does not know."""
+    return make_pod()
+
+
+@pytest.fixture
+def fill_authorized(node):
+    """`authorized` is full for the duration of a test."""
+    key, table = TupleKey("192.0.2.1", "192.0.2.2", 81, 1).encode(), node.maps.authorized.table
+    value = AuthorizedValue(0, 0, 0, LAYOUT["REASON_ZTUNNEL"]).encode()
+    table.update_many([(key[:32] + index.to_bytes(8, "big"), value) for index in range(1, 1 + table.info.max_entries)])
+    yield
+    node.maps.authorized.clear()
