@@ -21,8 +21,10 @@ import pytest
 from ambient.io.kube_auth import from_kubeconfig
 from ambient.lab.apiserver.history import History
 from ambient.lab.apiserver.http import ApiServer
+from ambient.lab.apiserver.schema import NODE
 from ambient.lab.apiserver.settings import ApiSettings
 from ambient.lab.apiserver.store import Sources, Store
+from tests.lab_api.objects import node
 from tests.support.require import require
 
 
@@ -173,3 +175,10 @@ class Kubectl:
 async def kubectl(request: pytest.FixtureRequest, new_cluster: Callable[..., Any], tmp_path: Path) -> Kubectl:
     require(request.param)
     return Kubectl(request.param, await new_cluster(real_time=True), tmp_path)
+
+
+@pytest.fixture
+def two_nodes(store: Store) -> Store:
+    for name in ("n1", "n2"):
+        store.create(NODE, "", node(name))
+    return store

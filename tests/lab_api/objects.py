@@ -1,10 +1,14 @@
-"""Small manifests for the tests of the API server and the controllers."""
+"""Small manifests for the tests of the API server and the controllers, and what happens to them on a store."""
 
 from __future__ import annotations
 
 from typing import Any
 
 from hypothesis import HealthCheck, settings
+
+from ambient.lab.apiserver.schema import POD
+from ambient.lab.apiserver.store import Store
+from ambient.lab.controllers.driver import reconcile
 
 lawful = settings(deadline=None, max_examples=100, suppress_health_check=[HealthCheck.too_slow])
 """For laws: the machine may be busy, which says nothing about them."""
@@ -50,3 +54,27 @@ def running(*addresses: str, ready: bool = True) -> Object:
             {"name": "c", "ready": ready, "restartCount": 0, "image": "app:1", "imageID": "", "state": {"running": {}}}
         ],
     }
+
+
+def settle(store: Store) -> None:
+    """Passes until nothing is left to do."""
+    for _ in range(50):
+        if reconcile(store) == 0:
+            return
+    raise AssertionError("the controllers never come to rest")
+
+
+def report(store: Store, name: str, namespace: str = "default", *, ready: bool = True) -> None:
+    address = "10.0.0." + str(1 + sum(map(ord, name)) % 250)
+    status = running(address, ready=ready)
+    store.modify(POD, namespace, name, lambda o: o.update(status={**o["status"], **status}), subresource="status")
+
+
+def report_all(store: Store) -> None:
+    for obj in store.all(POD):
+        if obj["spec"].get("nodeName") and obj["status"]["phase"] == "Pending":
+            report(store, obj["metadata"]["name"])
+
+
+def live(store: Store) -> list[Any]:
+    return [obj for obj in store.all(POD) if "deletionTimestamp" not in obj["metadata"]]
