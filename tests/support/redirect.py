@@ -22,6 +22,7 @@ from tests.support.netlab import Node, Pod, until
 
 SO_MEMINFO = 55
 CAN = LAYOUT["CAN_REDIRECT"]
+NATIVE = LAYOUT["FLOW_NATIVE"]
 REDIRECT = LAYOUT["FLOW_REDIRECT"]
 WANTS = {
     "flags": LAYOUT["ENROLLED_REDIRECT"],
