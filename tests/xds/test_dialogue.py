@@ -3,98 +3,22 @@
 from __future__ import annotations
 
 import ipaddress
-from collections.abc import Iterator
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ambient.errors import PeerFault
-from ambient.model.policy import Action, Group, Policy, Scope
-from ambient.model.workload import Port, Service, TunnelProtocol, Workload
+from ambient.model.policy import Action, Group
+from ambient.model.workload import Port, Workload
 from ambient.model.world import Diff, World
-from ambient.proto import authorization_pb2, discovery_pb2
+from ambient.proto import authorization_pb2
 from ambient.xds import server as server_module
 from ambient.xds.client import Backoff, Change, Client, describe_node
 from ambient.xds.resources import ADDRESS_TYPE, AUTHORIZATION_TYPE
-from ambient.xds.server import CONTROL, ROUNDS_IN_FLIGHT_MAX, Server, Session
+from ambient.xds.server import ROUNDS_IN_FLIGHT_MAX, Server, Session
 from tests.support.worlds import small_worlds
-
-DeltaRequest = discovery_pb2.DeltaDiscoveryRequest
-DeltaResponse = discovery_pb2.DeltaDiscoveryResponse
-
-
-def workload(name: str, *, ip: int = 1, hbone: bool = False, policies: tuple[str, ...] = ()) -> Workload:
-    return Workload(
-        f"c//Pod/ns/{name}",
-        name,
-        "ns",
-        addresses=(ipaddress.ip_address(f"10.0.0.{ip}"),),
-        protocol=TunnelProtocol.HBONE if hbone else TunnelProtocol.NONE,
-        policies=policies,
-    )
-
-
-def policy(name: str, action: Action = Action.DENY) -> Policy:
-    return Policy(name, "ns", Scope.WORKLOAD_SELECTOR, action, (Group(),))
-
-
-def service(name: str, ip: int = 1) -> Service:
-    return Service(name, "ns", f"{name}.ns.svc", (ipaddress.ip_address(f"10.96.0.{ip}"),), (Port(80, 8080),))
-
-
-class Pair:
-    """One client connected to a server; `run` carries messages until nobody has anything to say."""
-
-    def __init__(self, server: Server, client: Client | None = None, node: str = "n1") -> None:
-        self.server = server
-        self.client = client or Client(describe_node("ztunnel", node))
-        self.session: Session = server.open(node)
-        self.responses: list[DeltaResponse] = []
-        self.changes: list[Change] = []
-        for request in self.client.connect():
-            self.session.receive(request)
-
-    def responses_now(self) -> Iterator[DeltaResponse]:
-        while (response := self.session.next()) is not None:
-            message = DeltaResponse.FromString(response.payload)
-            assert (message.nonce, message.type_url) == (response.nonce, response.type_url)
-            assert len(message.resources) == response.resources
-            self.responses.append(message)
-            yield message
-
-    def run(self) -> tuple[list[DeltaResponse], list[Change]]:
-        self.responses, self.changes = [], []
-        for message in self.responses_now():
-            change = self.client.receive(message)
-            if change is not None:
-                self.changes.append(change)
-                for ack in self.client.commit(change):
-                    self.session.receive(DeltaRequest.FromString(ack.SerializeToString()))
-        return self.responses, self.changes
-
-    def disconnect(self) -> None:
-        self.server.close(self.session)
-        self.server.bury(self.session)
-
-
-def server_of(*items: Workload | Service | Policy) -> Server:
-    server = Server()
-    server.set_world(world_of(*items))
-    return server
-
-
-def world_of(*items: Workload | Service | Policy) -> World:
-    return World.of(
-        [i for i in items if isinstance(i, Workload)],
-        [i for i in items if isinstance(i, Service)],
-        [i for i in items if isinstance(i, Policy)],
-    )
-
-
-def names(responses: list[DeltaResponse]) -> list[str]:
-    return [resource.name for response in responses for resource in response.resources]
-
+from tests.xds.pair import DeltaRequest, DeltaResponse, Pair, names, policy, server_of, service, workload, world_of
 
 # ---- the whole ----
 
@@ -484,114 +408,7 @@ def test_a_policy_can_be_asked_for_by_name() -> None:
     assert take(session) == (["ns/p"], [])
 
 
-# ---- acknowledgement ----
-
-
-def test_a_workload_is_acknowledged_when_every_client_committed_its_protocol() -> None:
-    uid = "c//Pod/ns/a"
-    server = server_of(workload("a"))
-    one, two = Pair(server, node="n1"), Pair(server, node="n2")
-    assert server.acknowledged(uid, True) == (CONTROL, "n1", "n2")
-    one.run(), two.run()
-    assert server.acknowledged(uid, True) == (CONTROL, "n1", "n2")
-    assert server.acknowledged(uid, False) == ()
-    server.set_world(world_of(workload("a", hbone=True)))
-    assert server.acknowledged(uid, True) == ("n1", "n2")
-    one.run()
-    assert server.acknowledged(uid, True) == ("n2",)
-    for message in two.responses_now():
-        change = two.client.receive(message)
-        assert change is not None
-        assert server.acknowledged(uid, True) == ("n2",), "received is not acknowledged"
-        for ack in two.client.commit(change):
-            two.session.receive(ack)
-    assert server.acknowledged(uid, True) == ()
-    assert server.acknowledged(uid, False) == (CONTROL, "n1", "n2")
-
-
-def test_a_removed_workload_is_acknowledged_as_not_hbone_once_its_removal_is() -> None:
-    uid = "c//Pod/ns/a"
-    server = server_of(workload("a", hbone=True))
-    pair = Pair(server)
-    pair.run()
-    server.set_world(World())
-    assert server.acknowledged(uid, False) == ("n1",)
-    pair.run()
-    assert server.acknowledged(uid, False) == ()
-
-
-def test_an_hbone_form_still_on_its_way_is_not_acknowledged_as_gone() -> None:
-    uid = "c//Pod/ns/a"
-    server = server_of(workload("a"))
-    pair = Pair(server)
-    pair.run()
-    server.set_world(world_of(workload("a", hbone=True)))
-    in_flight = list(pair.responses_now())
-    server.set_world(world_of(workload("a")))
-    assert server.acknowledged(uid, False) == ("n1",)
-    for message in in_flight:
-        change = pair.client.receive(message)
-        for ack in pair.client.commit(change) if change else ():
-            pair.session.receive(ack)
-    assert server.acknowledged(uid, False) == ("n1",)
-    pair.run()
-    assert server.acknowledged(uid, False) == ()
-
-
-def test_a_client_that_comes_back_with_an_old_form_is_waited_for() -> None:
-    uid = "c//Pod/ns/a"
-    server = server_of(workload("a", hbone=True))
-    pair = Pair(server)
-    pair.run()
-    pair.disconnect()
-    server.set_world(world_of(workload("a")))
-    assert server.acknowledged(uid, False) == ()
-    pair = Pair(server, pair.client)
-    assert server.acknowledged(uid, False) == ("n1",)
-    pair.run()
-    assert server.acknowledged(uid, False) == ()
-
-
-def test_a_stream_that_said_nothing_yet_is_waited_for_and_a_closed_one_is_not() -> None:
-    server = server_of(workload("a"))
-    session = server.open("n7")
-    assert server.acknowledged("c//Pod/ns/a", False) == ("n7",)
-    server.close(session)
-    server.bury(session)
-    assert server.acknowledged("c//Pod/ns/a", False) == ()
-
-
-def test_a_client_that_just_left_is_waited_for_until_it_is_back_or_its_time_is_over() -> None:
-    uid = "c//Pod/ns/a"
-    server = server_of(workload("a"))
-    pair = Pair(server)
-    pair.run()
-    server.close(pair.session)
-    assert server.acknowledged(uid, False) == (), "what it acknowledged before holds"
-    server.set_world(world_of(workload("a", hbone=True)))
-    assert server.acknowledged(uid, True) == ("n1",)
-    again = server.open("n1")
-    requests = pair.client.connect()
-    for request in requests:
-        assert server.acknowledged(uid, True) == ("n1",)
-        again.receive(request)
-    assert server.acknowledged(uid, True) == ("n1",), "it is back and has the old form"
-    server.close(again)
-    server.bury(again)
-    assert server.acknowledged(uid, True) == ("n1",), "the first stream is still remembered"
-    server.bury(pair.session)
-    assert server.acknowledged(uid, True) == ()
-
-
-def test_who_listens_is_told_of_every_acknowledgement() -> None:
-    server = server_of(workload("a"))
-    calls: list[int] = []
-    server.listen(lambda: calls.append(1))
-    pair = Pair(server)
-    pair.run()
-    assert len(calls) == 2
-    server.set_world(World())
-    assert len(calls) == 3
+# ---- views ----
 
 
 def test_clients_are_shown_with_node_role_and_versions() -> None:
