@@ -8,12 +8,14 @@ import subprocess
 import tempfile
 import time
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path as File
 from typing import Any, Final
 
 import ambient
 from ambient.bench import usage
+from ambient.bench.awake import awake
 from ambient.bench.measure import Site, converse, measure
 from ambient.bench.objects import LOAD_PORT, objects, write
 from ambient.bench.plan import MEMORY, Path, Selection, Work, order
@@ -34,11 +36,14 @@ ROOT: Final = File(ambient.__file__).resolve().parent.parent
 class Run:
     """``run`` does it all. What could not be measured is in ``notes``, with the reason."""
 
-    def __init__(self, selection: Selection, rounds: int, seconds: float, say: Say, name: str = "") -> None:
+    def __init__(
+        self, selection: Selection, rounds: int, seconds: float, say: Say, *, awake: bool = False, name: str = ""
+    ) -> None:
         self.selection = selection
         self.rounds = rounds
         self.seconds = seconds
         self.say = say
+        self.awake = awake
         name = name or f"b{os.getpid()}"
         self.labs = {False: Driver(f"{name}-n", 2), True: Driver(f"{name}-m", 2)}
         self.notes: list[str] = []
@@ -59,7 +64,8 @@ class Run:
                 self._probe()
                 if self.selection.memory:
                     self._note_memory("idle")
-                self._measure()
+                with awake() if self.awake else nullcontext():
+                    self._measure()
                 if self.selection.memory:
                     self._thousand()
             finally:
@@ -72,6 +78,7 @@ class Run:
         targets = report.targets() + memory_targets(self.memory)
         return {
             **about(began, self.rounds, self.seconds),
+            "awake": self.awake,
             "notes": self.notes,
             "failures": report.failures(),
             "targets": targets,
@@ -232,7 +239,7 @@ def results_directory() -> File:
     return directory
 
 
-def record_name(result: Row, what: Sequence[str]) -> str:
-    """``2026-11-21-0123456789-full``: day, commit and what was measured."""
-    words = "-".join(what).replace("_", "") or "full"
+def record_name(result: Row, what: Sequence[str], *, awake: bool = False) -> str:
+    """``2026-11-21-0123456789-full``: day, commit and what was measured; with ``-awake`` if no processor slept."""
+    words = ("-".join(what).replace("_", "") or "full") + ("-awake" if awake else "")
     return f"{str(result['at'])[:10]}-{str(result['commit'] or 'unknown').replace('+', '')}-{words}"

@@ -25,6 +25,7 @@ _COLUMNS = ("work", "path", "metric", "median", "unit", "ratio", "better", "spre
 @click.option("--quick", is_flag=True, help="One short round of few works: to see that it works, not how fast.")
 @click.option("--rounds", default=3, show_default=True, type=click.IntRange(1, 50), help="Medians are of so many.")
 @click.option("--seconds", default=2.0, show_default=True, type=click.FloatRange(0.05, 60), help="Of one measurement.")
+@click.option("--awake", is_flag=True, help="Let no processor sleep, as on a busy node (processes of idle priority).")
 @click.option("--out", type=click.Path(dir_okay=False, path_type=Path), help="Also write the whole result, as JSON.")
 @click.option("--svg", type=click.Path(dir_okay=False, path_type=Path), help="Also draw it.")
 @click.option("--record", is_flag=True, help="Keep result and drawing in tests/bench/results, named by day and commit.")
@@ -35,6 +36,7 @@ def bench(
     quick: bool,
     rounds: int,
     seconds: float,
+    awake: bool,
     out: Path | None,
     svg: Path | None,
     record: bool,
@@ -44,11 +46,13 @@ def bench(
 
     Builds two labs (with and without a mesh), measures all paths in turn, and removes the labs. Everything runs on this
     machine, so only ratios within one run mean anything: `ratio` is to the same work without a mesh. About ten minutes.
+    On an idle machine each message wakes a sleeping processor, which hides much of what its path costs: see --awake.
     Exit code 1 if something failed on the way; a target that is missed is a finding and no failure.
 
     \b
     Example:
       ambient bench
+      ambient bench --awake --record
       ambient bench --only mesh_across --only http_32 --rounds 5 -o json
       ambient bench --quick
     """
@@ -62,11 +66,12 @@ def bench(
         raise ConfigFault("user", os.geteuid(), "a benchmark makes labs: run as root")
     directory = results_directory() if record else None
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
-    result = Run(selection, 1 if quick else rounds, 0.2 if quick else seconds, _talk).run()
-    drawing = plot.svg(f"ambient bench, {result['at']}, commit {result['commit']}", result["rows"])
+    result = Run(selection, 1 if quick else rounds, 0.2 if quick else seconds, _talk, awake=awake).run()
+    title = f"ambient bench, {result['at']}, commit {result['commit']}{', processors kept awake' if awake else ''}"
+    drawing = plot.svg(title, result["rows"])
     files = [(out, svg)]
     if directory is not None:
-        name = record_name(result, (("quick",) if quick else ()) + only)
+        name = record_name(result, (("quick",) if quick else ()) + only, awake=awake)
         files.append((directory / f"{name}.json", directory / f"{name}.svg"))
     for data, picture in files:
         if data is not None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import select
 import subprocess
 import sys
 import xml.etree.ElementTree as ET
@@ -12,6 +14,7 @@ import pytest
 from click.testing import CliRunner
 
 from ambient.bench import plan, plot
+from ambient.bench.awake import awake
 from ambient.bench.measure import another_path, read_wrk
 from ambient.bench.report import Measurement, Report, memory_targets
 from ambient.bench.run import compile_load, record_name
@@ -137,6 +140,22 @@ def test_a_record_is_named_by_day_commit_and_what() -> None:
     result = {"at": "2026-11-21T09:00:00Z", "commit": "0123456789+"}
     assert record_name(result, ()) == "2026-11-21-0123456789-full"
     assert record_name(result, ("mesh_across", "http_32")) == "2026-11-21-0123456789-meshacross-http32"
+
+    assert record_name(result, (), awake=True) == "2026-11-21-0123456789-full-awake"
+
+
+def test_processors_are_kept_awake_by_processes_that_give_way_and_end_with_the_benchmark() -> None:
+    with awake({0}) as (pid,):
+        assert os.sched_getscheduler(pid) == os.SCHED_IDLE and os.sched_getaffinity(pid) == {0}
+    with pytest.raises(ProcessLookupError):
+        os.kill(pid, 0)
+    code = "from ambient.bench.awake import awake\nwith awake({0}) as pids:\n    print(*pids, flush=True)\n    input()"
+    with subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as killed:
+        assert killed.stdout is not None
+        spinning = os.pidfd_open(int(killed.stdout.readline()))
+        killed.kill()
+    assert select.select([spinning], [], [], 10)[0], "it ends with who started it, however that ended"
+    os.close(spinning)
 
 
 def test_wrong_words_and_listing_need_no_lab() -> None:
