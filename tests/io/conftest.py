@@ -1,8 +1,10 @@
-"""A scripted API server and a client of it."""
+"""A scripted API server with a client of it, and a control plane."""
 
 from __future__ import annotations
 
+import time
 from collections.abc import AsyncIterator
+from pathlib import Path
 
 import pytest
 from aiohttp import web
@@ -11,6 +13,7 @@ from aiohttp.test_utils import TestServer
 from ambient.io.kube import KubeClient
 from ambient.io.kube_auth import Credentials
 from tests.io.kube_api import Api
+from tests.support.control import ControlPlane, Now
 
 
 @pytest.fixture
@@ -29,3 +32,9 @@ async def client(api: Api) -> AsyncIterator[KubeClient]:
     api.ended.set()
     await made.close()
     await server.close()
+
+
+@pytest.fixture
+async def plane(tmp_path: Path) -> AsyncIterator[ControlPlane]:
+    async with ControlPlane(tmp_path, Now(time.time())) as running:
+        yield running
