@@ -345,3 +345,29 @@ async def real_node() -> AsyncIterator[RealNode]:
         await client.close()
         await api.stop()
         shutil.rmtree(directory, ignore_errors=True)
+
+
+_last = 10
+
+
+def address() -> str:
+    global _last
+    _last += 1
+    return f"10.77.0.{_last}"
+
+
+async def added(node: RealNode, name: str, namespace: str = "shop", **more: object) -> tuple[object, Sandbox]:
+    """A pod made as the kubelet makes one: ADD, then its process, then its status."""
+    pod = await node.pod(name, namespace, **more)
+    sandbox = node.sandbox(pod, address())
+    code, result = await node.cni("ADD", pod, sandbox)
+    assert code == 0, result
+    sandbox.start()
+    await node.running(pod, sandbox.addresses)
+    return pod, sandbox
+
+
+async def gone(node: RealNode, pod: object, sandbox: Sandbox) -> None:
+    code, _ = await node.cni("DEL", pod, sandbox)
+    assert code == 0
+    await node.client.delete(POD, pod.name, pod.namespace)

@@ -15,8 +15,7 @@ from ambient.datapath.entries import BYPASS
 from ambient.datapath.layout import LAYOUT
 from ambient.datapath.values import EnrolledValue, ServiceKey, ServiceValue, WorkloadValue
 from ambient.io import bpf_links
-from tests.node.real_node import RealNode, real_node
-from tests.node.test_agent import added, gone
+from tests.node.real_node import RealNode, added, gone, real_node
 from tests.support.require import require
 
 pytestmark = [pytest.mark.asyncio(loop_scope="module"), pytest.mark.bpf, pytest.mark.net]
