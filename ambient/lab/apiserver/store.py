@@ -10,13 +10,15 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from datetime import datetime, timedelta
+from datetime import datetime
 
 from ambient.lab.apiserver import schema
 from ambient.lab.apiserver.allocate import ServiceAllocator
 from ambient.lab.apiserver.defaults import apply_defaults, initial_status
 from ambient.lab.apiserver.definitions import established
+from ambient.lab.apiserver.deletion import begun, is_awaited, is_ending
 from ambient.lab.apiserver.history import History, Key
+from ambient.lab.apiserver.moments import timestamp
 from ambient.lab.apiserver.pages import Page, first_page, read_token
 from ambient.lab.apiserver.schema import Kind, Registry, kind_of_definition
 from ambient.lab.apiserver.selectors import Matcher
@@ -38,15 +40,6 @@ from ambient.lab.apiserver.validate import validate, validate_update
 SYSTEM_NAMESPACES = ("default", "kube-node-lease", "kube-public", "kube-system")
 _GENERATED_NAME_MAX = 63
 _GENERATED_TRIES = 8
-
-
-def timestamp(moment: datetime) -> str:
-    """RFC 3339 in UTC with seconds, as metadata carries it."""
-    return moment.strftime("%Y-%m-%dT%H:%M:%SZ")
-
-
-def parse_timestamp(text: str) -> datetime:
-    return datetime.fromisoformat(text.replace("Z", "+00:00"))
 
 
 @dataclass(frozen=True, slots=True)
@@ -203,7 +196,7 @@ class Store:
         obj = self._updated(kind, old, obj, subresource)
         if obj == old:
             return old
-        if _doomed(obj) and not obj["metadata"].get("finalizers") and not _graceful(obj):
+        if is_ending(obj) and not obj["metadata"].get("finalizers") and not is_awaited(obj):
             return self._remove(kind, old if dry_run else obj, dry_run=dry_run)
         return self._commit(kind, obj, dry_run=dry_run)
 
@@ -245,39 +238,18 @@ class Store:
             raise forbidden(kind.plural, kind.group, name, "this namespace may not be deleted")
         if options.propagation == "Orphan" and not options.dry_run:
             self._orphan(metadata["uid"])
-        doomed = copy.deepcopy(obj)
-        meta = doomed["metadata"]
-        finalizers = list(meta.get("finalizers", ()))
-        if options.propagation == "Foreground" and "foregroundDeletion" not in finalizers and self.dependents(obj):
-            finalizers.append("foregroundDeletion")
-            meta["finalizers"] = finalizers
-        grace = self._grace(kind, obj, options.grace_period_s)
-        if kind is schema.NAMESPACE:
-            doomed["status"] = {**doomed.get("status", {}), "phase": "Terminating"}
-        elif not finalizers and grace == 0:
-            return self._remove(kind, doomed, dry_run=options.dry_run), True
-        if "deletionTimestamp" in meta and meta.get("deletionGracePeriodSeconds", 0) <= grace:
-            grace = meta.get("deletionGracePeriodSeconds", 0)
-        else:
-            meta["deletionTimestamp"] = timestamp(self.now + timedelta(seconds=grace))
-        meta["deletionGracePeriodSeconds"] = grace
-        if kind is not schema.POD:
-            meta.setdefault("generation", 1)
-            if "deletionTimestamp" not in metadata and kind.generation:
-                meta["generation"] += 1
-            if not kind.generation:
-                del meta["generation"]
-            meta["deletionGracePeriodSeconds"] = 0
-        if kind is schema.NAMESPACE:
-            del meta["deletionGracePeriodSeconds"]
-        if doomed == obj:
+        foreground = options.propagation == "Foreground" and bool(self.dependents(obj))
+        ending, gone = begun(kind, obj, self.now, options.grace_period_s, foreground=foreground)
+        if gone:
+            return self._remove(kind, ending, dry_run=options.dry_run), True
+        if ending == obj:
             return obj, False
-        return self._commit(kind, doomed, dry_run=options.dry_run), False
+        return self._commit(kind, ending, dry_run=options.dry_run), False
 
     def finalize_namespace(self, name: str) -> JsonObject:
         """Remove a terminating namespace: its contents are gone. Raises ApiError 409 when it is not terminating."""
         obj = self.get(schema.NAMESPACE, "", name)
-        if not _doomed(obj):
+        if not is_ending(obj):
             raise conflict("namespaces", "", name, "the namespace is not being deleted")
         return self._remove(schema.NAMESPACE, copy.deepcopy(obj), dry_run=False)
 
@@ -287,7 +259,7 @@ class Store:
         if pod["spec"].get("nodeName"):
             why = f"pod {name} is already assigned to node {pod['spec']['nodeName']!r}"
             raise conflict("pods/binding", "", name, why)
-        if _doomed(pod):
+        if is_ending(pod):
             raise conflict("pods/binding", "", name, f"pod {name} is being deleted, cannot be assigned to a host")
         pod["spec"]["nodeName"] = node
         conditions = [c for c in pod["status"].get("conditions", []) if c["type"] != "PodScheduled"]
@@ -328,7 +300,7 @@ class Store:
         if not kind.namespaced:
             return
         owner = self.get(schema.NAMESPACE, "", namespace)
-        if _doomed(owner):
+        if is_ending(owner):
             why = f"unable to create new content in namespace {namespace} because it is being terminated"
             error = forbidden(kind.plural, kind.group, name, why)
             cause = {
@@ -386,7 +358,7 @@ class Store:
                 obj["status"] = copy.deepcopy(old["status"])
         apply_defaults(kind, obj)
         self._refuse_if(kind, obj, validate(kind, obj))
-        if _doomed(old):
+        if is_ending(old):
             added = set(metadata.get("finalizers", ())) - set(before.get("finalizers", ()))
             if added:
                 rule = "no new finalizers can be added if the object is being deleted"
@@ -397,16 +369,6 @@ class Store:
         if kind.generation and _content(obj) != _content(old):
             metadata["generation"] = before.get("generation", 0) + 1
         return obj
-
-    @staticmethod
-    def _grace(kind: Kind, obj: JsonObject, asked: int | None) -> int:
-        if kind is not schema.POD:
-            return 0
-        if not obj["spec"].get("nodeName") or obj["status"].get("phase") in ("Succeeded", "Failed"):
-            return 0
-        if asked is not None:
-            return max(asked, 0)
-        return int(obj["spec"].get("terminationGracePeriodSeconds", 30))
 
     def _orphan(self, uid: str) -> None:
         for kind in self.registry.stored():
@@ -426,7 +388,7 @@ class Store:
         self.history.commit(kind.resource, key, obj)
         if kind is schema.DEFINITION:
             self._define(obj)
-        elif kind is schema.NAMESPACE and not _doomed(obj):
+        elif kind is schema.NAMESPACE and not is_ending(obj):
             account = ("default", {"metadata": {"name": "default"}})
             if self.find(schema.SERVICE_ACCOUNT, metadata["name"], account[0]) is None:
                 self.create(schema.SERVICE_ACCOUNT, metadata["name"], account[1])
@@ -451,15 +413,6 @@ class Store:
         self.registry.define(kind_of_definition(definition))
         if not definition.get("status", {}).get("conditions"):
             self._commit(schema.DEFINITION, established(definition, timestamp(self.now)), dry_run=False)
-
-
-def _doomed(obj: JsonObject) -> bool:
-    return "deletionTimestamp" in obj["metadata"]
-
-
-def _graceful(obj: JsonObject) -> bool:
-    """Whether something else than finalizers keeps a doomed object: its kubelet or the namespace controller."""
-    return obj["kind"] == "Namespace" or bool(obj["metadata"].get("deletionGracePeriodSeconds"))
 
 
 def _content(obj: JsonObject) -> JsonObject:

@@ -22,6 +22,7 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.asymmetric.utils import decode_dss_signature, encode_dss_signature
 
 from ambient.lab.apiserver import schema
+from ambient.lab.apiserver.moments import parse_timestamp, timestamp
 from ambient.lab.apiserver.status import (
     Cause,
     JsonObject,
@@ -30,7 +31,7 @@ from ambient.lab.apiserver.status import (
     invalid_value,
     not_found,
 )
-from ambient.lab.apiserver.store import Store, parse_timestamp, timestamp
+from ambient.lab.apiserver.store import Store
 
 ISSUER = "https://kubernetes.default.svc.cluster.local"
 EXPIRATION_MIN_S, EXPIRATION_DEFAULT_S, EXPIRATION_MAX_S = 600, 3600, 1 << 32

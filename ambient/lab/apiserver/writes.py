@@ -10,6 +10,7 @@ from aiohttp import web
 from ambient.lab.apiserver import access, patch, schema
 from ambient.lab.apiserver.answers import body_of, decoded, manager_of, one, respond, scale, served, success
 from ambient.lab.apiserver.apply import server_side_apply, track_update
+from ambient.lab.apiserver.moments import timestamp
 from ambient.lab.apiserver.requests import (
     Answer,
     Target,
@@ -28,7 +29,7 @@ from ambient.lab.apiserver.status import (
     method_not_allowed,
     unsupported_media_type,
 )
-from ambient.lab.apiserver.store import Store, timestamp
+from ambient.lab.apiserver.store import Store
 from ambient.lab.apiserver.tokens import TokenAuthority, User
 
 

@@ -12,9 +12,10 @@ from dataclasses import dataclass
 from datetime import datetime
 
 from ambient.lab.apiserver import schema
+from ambient.lab.apiserver.moments import timestamp
 from ambient.lab.apiserver.schema import Kind
 from ambient.lab.apiserver.status import ApiError, JsonObject
-from ambient.lab.apiserver.store import DeleteOptions, Store, timestamp
+from ambient.lab.apiserver.store import DeleteOptions, Store
 
 EVENTS_MAX = 1000
 """Event objects kept in the cluster; the oldest go first."""
