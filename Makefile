@@ -8,7 +8,8 @@ PY := .venv/bin/python
 PACKAGES := python3-bpfcc linux-headers-amd64 python3-venv python3-pip iproute2 nftables tcpdump gcc libc6-dev \
             make openssl nginx-light wrk iperf3 procps util-linux
 # What only tests use: software of others that must run through the mesh unchanged, and an emulator for other kernels.
-TEST_PACKAGES := haproxy redis-server redis-tools postgresql postgresql-client golang-go curl qemu-system-x86 cpio busybox-static
+TEST_PACKAGES := haproxy redis-server redis-tools postgresql postgresql-client golang-go curl qemu-system-x86 cpio \
+	busybox-static bpftool
 
 .PHONY: help setup demo test lint format proto clean
 help:

@@ -95,7 +95,9 @@ class Witness:
             self._events.close()
 
     def _over(self) -> bool:
-        for raw in self._events.read(4096):
+        records, position = self._events.peek(4096)
+        self._events.consume(position)
+        for raw in records:
             event = FlowEvent.decode(raw)
             if event.key.local in self._addresses and event.value.created_ns >= self._since_ns:
                 self.flows.append(event.value)
