@@ -14,7 +14,8 @@ static __always_inline int go_native(struct flow_end *mine, __u64 now)
 	return SK_PASS;
 }
 
-/* The receiver's numbers in this order: if it consumed all, the call that read the last of it has let go of it after. */
+/* If the receiver consumed all, what is redirected now is queued after the call that read the last of it: both need its
+ * lock. Whoever has that now would have to be waited for. */
 static __always_inline int is_native_gone(struct flow_end *mine, const struct flow_end *peer)
 {
 	struct progress tcp = {};
