@@ -22,6 +22,7 @@ pytestmark = [pytest.mark.guest, pytest.mark.timeout(LIMIT_S + 60)]
 
 CHECKS = "tests/guest/inside/checks.py"
 SAME_NODE = "tests/net/test_same_node.py"
+ORDER = "tests/net/test_redirect_order.py::TestOneWriter"
 MEMORY = "tests/net/test_bounds.py::TestAMemoryLimitOfTheReceiver"
 INSIDE = (  # without [parameters]: all of them
     f"{CHECKS}::test_the_kernel_is_debians",
@@ -30,6 +31,9 @@ INSIDE = (  # without [parameters]: all of them
     f"{CHECKS}::test_sixteen_flows_of_twenty_megabytes_are_exact",
     f"{CHECKS}::test_pods_have_filters_where_the_kernel_has_no_tcx",
     "tests/net/test_redirect.py::TestTheTcProgram::test_it_is_attached_once_and_goes[False]",
+    f"{ORDER}::test_sends_that_are_taken_in_part[20000]",
+    f"{ORDER}::test_what_is_written_behind_a_corked_byte_is_native",
+    f"{ORDER}::test_files_that_are_sent",
     f"{MEMORY}::test_an_idle_receiver_gives_its_sender_eagain_and_no_enomem[4096]",
     f"{MEMORY}::test_an_idle_receiver_gives_its_sender_eagain_and_no_enomem[65536]",
     f"{MEMORY}::test_a_reading_one_gets_every_byte_and_its_sender_no_enomem",
