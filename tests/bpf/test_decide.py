@@ -6,7 +6,7 @@ import ctypes
 import ipaddress
 import subprocess
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import pytest
 from hypothesis import given
@@ -173,9 +173,8 @@ class TestAddresses:
         "text", ["127.0.0.1", "::1", "0.0.0.0", "::", "128.0.0.1", "::ffff:127.0.0.1", "126.0.0.1"]
     )
     def test_the_edges(self, decide, text):
-        self.test_loopback_any_and_family_are_what_python_says.hypothesis.inner_test(
-            self, decide, ipaddress.ip_address(text)
-        )
+        test: Any = self.test_loopback_any_and_family_are_what_python_says
+        test.hypothesis.inner_test(self, decide, ipaddress.ip_address(text))
 
     @given(st.ip_addresses(v=4), st.ip_addresses(v=4), st.integers(0, 32))
     def test_an_ipv4_range_holds_what_python_says(self, decide, base, ip, bits):

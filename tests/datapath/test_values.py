@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 from dataclasses import fields
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -63,14 +64,15 @@ def test_the_bytes_are_those_of_the_c_struct(kind):
                 assert value == getattr(record, field.name)
             else:
                 assert v.address_text(bytes(value)) == getattr(record, field.name)
-        for field in LAYOUT.structs[kind._struct].fields:
-            if field.is_padding:
-                value = getattr(seen, field.name)
+        for padding in LAYOUT.structs[kind._struct].fields:
+            if padding.is_padding:
+                value = getattr(seen, padding.name)
                 assert not any(value if not isinstance(value, int) else [value])
 
     check()
 
 
+KINDS: tuple[Any, ...] = (*v.RECORDS, v.SettingsValue)
 RANGES = st.builds(v.Range, ADDRESSES, st.integers(0, 128))
 SETTINGS = st.builds(
     v.SettingsValue,
@@ -99,7 +101,7 @@ def test_settings_survive_the_round_trip(value):
 
 @given(st.binary(max_size=400))
 def test_bytes_of_another_length_are_refused(raw):
-    for kind in (*v.RECORDS, v.SettingsValue):
+    for kind in KINDS:
         if len(raw) != kind.size():
             with pytest.raises(ValueError, match=kind.__name__):
                 kind.decode(raw)
@@ -107,7 +109,7 @@ def test_bytes_of_another_length_are_refused(raw):
 
 @given(st.binary(min_size=400, max_size=400))
 def test_any_bytes_of_the_right_length_can_be_shown(raw):
-    for kind in (*v.RECORDS, v.SettingsValue):
+    for kind in KINDS:
         kind.decode(raw[: kind.size()])
 
 

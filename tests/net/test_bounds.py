@@ -280,7 +280,7 @@ class TestAMemoryLimitOfTheReceiver:
         if isinstance(group, LimitedPod):
             # What a program sends itself counts too, and with less the kernel kills it for that, in a mesh or not.
             group.limit(32 * LIMIT)
-        duplex = Duplex(node, *pods, duplex_binary, server_enters=group.enter)
+        duplex = Duplex(node, pods[0], pods[1], duplex_binary, server_enters=group.enter)
         counted = node.counted()
         try:
             done = duplex.run(flows=32, total=2_000_000, pause_us=500)

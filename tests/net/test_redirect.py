@@ -60,7 +60,7 @@ def pods(node, make_pod):
 
 @pytest.fixture
 def duplex(node, pods, duplex_binary, account):
-    found = Duplex(node, *pods, duplex_binary)
+    found = Duplex(node, pods[0], pods[1], duplex_binary)
     account.append(found)
     yield found
     found.close()

@@ -356,7 +356,7 @@ def address() -> str:
     return f"10.77.0.{_last}"
 
 
-async def added(node: RealNode, name: str, namespace: str = "shop", **more: object) -> tuple[object, Sandbox]:
+async def added(node: RealNode, name: str, namespace: str = "shop", **more: Any) -> tuple[Pod, Sandbox]:
     """A pod made as the kubelet makes one: ADD, then its process, then its status."""
     pod = await node.pod(name, namespace, **more)
     sandbox = node.sandbox(pod, address())
@@ -367,7 +367,7 @@ async def added(node: RealNode, name: str, namespace: str = "shop", **more: obje
     return pod, sandbox
 
 
-async def gone(node: RealNode, pod: object, sandbox: Sandbox) -> None:
+async def gone(node: RealNode, pod: Any, sandbox: Sandbox) -> None:
     code, _ = await node.cni("DEL", pod, sandbox)
     assert code == 0
     await node.client.delete(POD, pod.name, pod.namespace)

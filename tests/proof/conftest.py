@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 
 import pytest
 
@@ -64,7 +64,9 @@ def tell(record_property: Callable[[str, object], None]) -> Callable[[str, Witne
 
 
 @pytest.hookimpl(wrapper=True)
-def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) -> Iterator[None]:
+def pytest_runtest_makereport(
+    item: pytest.Item, call: pytest.CallInfo[None]
+) -> Generator[None, pytest.TestReport, pytest.TestReport]:
     report = yield
     labs = [name for name in ("mesh", "neighbour") if name in getattr(item, "fixturenames", ())]
     for name in labs if report.failed and call.when == "call" else ():

@@ -28,6 +28,7 @@ from tests.ztunnel.authority import Authority
 from ztunnel.core import messages as m
 
 ROOT = Path(__file__).resolve().parents[2]
+Socket = socket.socket
 _numbers = itertools.count(1)
 
 
@@ -52,12 +53,12 @@ class Space:
         self.ip4 = ip4
         self.ip6 = ip6
         self.fd = netns.open_netns(f"/run/netns/{name}")
-        self.sockets: list[socket.socket] = []
+        self.sockets: list[Socket] = []
 
-    def socket(self, family: int = socket.AF_INET, kind: int = socket.SOCK_STREAM) -> socket.socket:
+    def socket(self, family: int = socket.AF_INET, kind: int = socket.SOCK_STREAM) -> Socket:
         return netns.create_socket(self.fd, family, kind)
 
-    def listen(self, ip: str, port: int, device: str = "", backlog: int = 4096) -> socket.socket:
+    def listen(self, ip: str, port: int, device: str = "", backlog: int = 4096) -> Socket:
         sock = self.socket(socket.AF_INET6 if ":" in ip else socket.AF_INET)
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         if ":" in ip:
@@ -69,7 +70,7 @@ class Space:
         self.sockets.append(sock)
         return sock
 
-    def connect(self, ip: str, port: int, timeout_s: float = 20.0) -> socket.socket:
+    def connect(self, ip: str, port: int, timeout_s: float = 20.0) -> Socket:
         sock = self.socket(socket.AF_INET6 if ":" in ip else socket.AF_INET)
         sock.settimeout(timeout_s)
         try:
@@ -350,7 +351,7 @@ class Mesh:
     def set_route(self, **changes: Any) -> None:
         self.client.control.routes[self.vip] = self.route(**changes)
 
-    def connect(self) -> socket.socket:
+    def connect(self) -> Socket:
         """What the application of pod a does, after the hook rewrote it."""
         return self.a.connect(*self.entrance)
 
