@@ -15,7 +15,7 @@ static __always_inline void look(struct __sk_buff *skb, struct tuple_key *key, s
 	struct bpf_sock *sk;
 	__u64 sock;
 	__u32 consumed;
-	int file, waits;
+	int file, waits, error;
 
 	end->lookups += 1;
 	end->seen_ns = now;
@@ -64,8 +64,11 @@ static __always_inline void look(struct __sk_buff *skb, struct tuple_key *key, s
 		if (!mark)
 			goto out;
 		mark->since_ns = now;
-		if (sockets.insert(key, sk)) {
-			hashed.sk_storage_delete(sk);
+		error = sockets.insert(key, sk);
+		if (error) {
+			/* Busy: it is in a sockhash already. Another processor was faster, and the mark is its, too. */
+			if (error != -EBUSY)
+				hashed.sk_storage_delete(sk);
 			goto out;
 		}
 		/* Whoever reads now may still be in the call of before: sk_msg waits for a byte read after this. */

@@ -367,6 +367,29 @@ class TestTheTcProgram:
         other.close()
 
 
+class TestTwoProcessorsThatLookAtOnce:
+    """The second finds the socket in the hash."""
+
+    @pytest.fixture(scope="class")
+    @classmethod
+    def loaded_node(cls, netlab):
+        insert = "error = sockets.insert(key, sk);"
+        return netlab.node("twice", ("enrol.c", insert, f"sockets.insert(key, sk);\n\t\t{insert}"))
+
+    def test_kernel_tls_is_refused_all_the_same(self, node, held):
+        def one_is_in():
+            held.ping()
+            return len(node.maps.tables["sockets"].list_keys())
+
+        until(one_is_in, "one end is in the hash")
+        refused = 0
+        for sock in (held.client, held.server):
+            with pytest.raises(OSError) as caught:
+                sock.setsockopt(socket.IPPROTO_TCP, 31, b"tls")
+            refused += isinstance(caught.value, PermissionError)
+        assert refused == len(node.maps.tables["sockets"].list_keys())
+
+
 class TestTheAgentsPart:
     def test_a_socket_that_turned_blocking_comes_out_and_reads_as_any_other(self, node, pods, held):
         agent = Redirection(str(node.bpffs_dir), node.maps)
