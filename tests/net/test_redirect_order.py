@@ -138,8 +138,8 @@ class TestOneWriter:
         edges = (4096, 32768, 65536, 17 * 32768)
         sizes = [edge + more for edge in edges for more in (-1, 0, 1)] + [1, 1 << 20]
         run.run(lambda first, last: held.client.send(STREAM[first:last]), sizes)
-        assert run.again > 0
-        assert run.partial > 0 or not sndbuf
+        assert run.again or run.partial, "the kernel's own send buffer may be full seldom"
+        assert (run.again and run.partial) or not sndbuf
 
     def test_a_sendmsg_that_is_more_than_one_message_sleeps_in_between(self, node, held):
         held.client.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 20_000)
