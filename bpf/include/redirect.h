@@ -12,8 +12,8 @@
 
 #define FILE_NONBLOCK 04000 /* O_NONBLOCK of asm-generic: x86, arm64, riscv, s390, powerpc */
 #define STATE_ESTABLISHED 1
-#define LOOK_NS 50000000ull /* between looks at a socket that was looked at LOOKS_AT_ONCE times */
-#define LOOKS_AT_ONCE 16
+#define LOOK_NS 20000000ull /* between looks at a socket that was looked at LOOKS_AT_ONCE times */
+#define LOOKS_AT_ONCE 64
 #define LOOKS_MAX 1024 /* then the flow stays native for good */
 
 static __always_inline __u32 read32(__u64 base, __u32 offset)

@@ -12,7 +12,7 @@ from urllib.parse import urlsplit
 
 parser = argparse.ArgumentParser()
 parser.add_argument("urls", nargs="+")
-parser.add_argument("--count", type=int, default=100)
+parser.add_argument("--count", type=int, default=300)
 parser.add_argument("--timeout", type=float, default=10.0)
 arguments = parser.parse_args()
 

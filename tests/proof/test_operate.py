@@ -168,6 +168,14 @@ def test_every_map_is_shown_by_names_filtered_and_watched(mesh: Mesh, judged: st
         eventually(
             lambda: all("redirect" in row["flags"] for row in maps("enrolled", "-n", judged, "-o", "json")), 10, "it"
         )
+        wanted = {"local", "redirect", "allow_any"}  # a connection that is made earlier goes to ztunnel, or is direct
+        eventually(
+            lambda: any(
+                wanted <= set(row["flags"]) for row in maps("workloads", "--pod", f"{judged}/shop", "-o", "json")
+            ),
+            10,
+            "the shop's rights",
+        )
         with (
             Maps.open(str(mesh.lab.bpffs / "node1")) as held,
             mesh.background(judged, "a", *hold, vip, "80") as through_ztunnel,
@@ -175,6 +183,7 @@ def test_every_map_is_shown_by_names_filtered_and_watched(mesh: Mesh, judged: st
             mesh.background(judged, "a", *browse, f"http://{mesh.address(judged, 'shop')}:{PORT}/whoami") as moved,
         ):
             moved.await_output("open")
+            eventually(lambda: maps("sockets", "-n", judged, "-o", "json"), 10, "it to be redirected")
             through_ztunnel.await_output("echoed")
             within.await_output("echoed")
             there = held.workloads[c]
