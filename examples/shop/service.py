@@ -8,6 +8,7 @@ call, so that one request can be followed on the wire through the whole chain.
 import http.client
 import json
 import os
+import select
 import signal
 import socket
 import sys
@@ -75,8 +76,18 @@ def serve(name, paths):
 
     class Handler(BaseHTTPRequestHandler):
         protocol_version = "HTTP/1.1"
-        # With a timeout the socket is non-blocking and Python waits for it with poll(): fit to be redirected.
+        # With a timeout the socket is non-blocking, and it is waited for by level: fit to be redirected.
         timeout = IDLE_S
+
+        def setup(self):
+            super().setup()
+            self.loop = select.epoll()
+            self.loop.register(self.connection, select.EPOLLIN)
+
+        def finish(self):
+            self.loop.close()
+            super().finish()
+
         wbufsize = -1  # an answer in one piece: in two, the second waits for the first's acknowledgement
 
         def do_GET(self):
