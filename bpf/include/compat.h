@@ -85,40 +85,33 @@ static __always_inline struct bpf_sock *sockops_sock(struct bpf_sock_ops *ctx)
 						     WORD((ctx)->end##_ip6[2]), WORD((ctx)->end##_ip6[3])) \
 				       : address_of4((ctx)->end##_ip4))
 
-/* bpf_sock_ops and sk_msg_md: local_port is host order, remote_port network order in the high half of a word. */
-static __always_inline struct tuple_key sockops_tuple(struct bpf_sock_ops *ctx)
+static __always_inline struct tuple_key tuple_of(struct address local, struct address remote, __u16 local_port, __u16 remote_port)
 {
 	struct tuple_key key = {};
 
-	key.local = END_ADDRESS(ctx, local);
-	key.remote = END_ADDRESS(ctx, remote);
-	key.local_port = ctx->local_port;
-	key.remote_port = (__u16)swap32(ctx->remote_port);
+	key.local = local;
+	key.remote = remote;
+	key.local_port = local_port;
+	key.remote_port = remote_port;
 	return key;
+}
+
+/* bpf_sock_ops and sk_msg_md: local_port is host order, remote_port network order in the high half of a word. */
+static __always_inline struct tuple_key sockops_tuple(struct bpf_sock_ops *ctx)
+{
+	return tuple_of(END_ADDRESS(ctx, local), END_ADDRESS(ctx, remote), ctx->local_port, (__u16)swap32(ctx->remote_port));
 }
 
 static __always_inline struct tuple_key msg_tuple(struct sk_msg_md *ctx)
 {
-	struct tuple_key key = {};
-
-	key.local = END_ADDRESS(ctx, local);
-	key.remote = END_ADDRESS(ctx, remote);
-	key.local_port = ctx->local_port;
-	key.remote_port = (__u16)swap32(ctx->remote_port);
-	return key;
+	return tuple_of(END_ADDRESS(ctx, local), END_ADDRESS(ctx, remote), ctx->local_port, (__u16)swap32(ctx->remote_port));
 }
 
 /* bpf_sk_lookup: local_port is host order; remote_port is network order in a word whose width of access
  * changed in 5.18: the low half of a 4-byte read holds it in both. */
 static __always_inline struct tuple_key lookup_tuple(struct bpf_sk_lookup *ctx)
 {
-	struct tuple_key key = {};
-
-	key.local = END_ADDRESS(ctx, local);
-	key.remote = END_ADDRESS(ctx, remote);
-	key.local_port = ctx->local_port;
-	key.remote_port = swap16((__u16)ctx->remote_port);
-	return key;
+	return tuple_of(END_ADDRESS(ctx, local), END_ADDRESS(ctx, remote), ctx->local_port, swap16((__u16)ctx->remote_port));
 }
 
 #endif

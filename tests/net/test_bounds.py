@@ -19,7 +19,7 @@ from ambient.datapath.layout import LAYOUT
 from ambient.io import sock_diag
 from tests.support.limited import Limited, LimitedPod, limited, objects, slab_bytes
 from tests.support.netlab import Node, Pod, until
-from tests.support.redirect import CAN, REDIRECT, Duplex, Held, enrol, read
+from tests.support.redirect import REDIRECT, Duplex, Held, read
 
 pytestmark = [pytest.mark.net, pytest.mark.bpf]
 
@@ -32,12 +32,6 @@ SK_MSG_CACHE = "kmalloc-1k"
 TOLERANCE = 1.2
 SENDS = {1: 1_000_000, 4096: 3_000, 65536: 300}
 """Message size -> sends of it without an end: more than TCP alone takes, and no danger to this machine."""
-
-
-@pytest.fixture
-def pods(node, make_pod):
-    node.reset(acceleration=CAN)
-    return enrol(make_pod()), enrol(make_pod())
 
 
 def rmem(pod: Pod, port: int) -> list[int]:

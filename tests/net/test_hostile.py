@@ -46,19 +46,6 @@ TCP_ULP = 31
 _libc = ctypes.CDLL(None, use_errno=True)
 
 
-@pytest.fixture
-def pods(node, make_pod):
-    node.reset(acceleration=CAN)
-    return enrol(make_pod()), enrol(make_pod())
-
-
-@pytest.fixture
-def held(node, pods):
-    found = Held(node, *pods)
-    yield found
-    found.close()
-
-
 @contextlib.contextmanager
 def made_in(pod, protocol=0):
     """A TCP socket of the pod, closed at the end."""

@@ -53,25 +53,12 @@ def account(node, record_property):
 
 
 @pytest.fixture
-def pods(node, make_pod):
-    node.reset(acceleration=CAN)
-    return enrol(make_pod()), enrol(make_pod())
-
-
-@pytest.fixture
 def duplex(node, pods, duplex_binary, account):
     found = Duplex(node, pods[0], pods[1], duplex_binary)
     account.append(found)
     yield found
     found.close()
     until(lambda: not len(node.maps.tables["sockets"].list_keys()), "sockets leave with their connections")
-
-
-@pytest.fixture
-def held(node, pods):
-    found = Held(node, *pods)
-    yield found
-    found.close()
 
 
 class TestEveryByteInOrder:

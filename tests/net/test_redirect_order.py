@@ -19,25 +19,12 @@ import pytest
 
 from ambient.datapath.layout import LAYOUT
 from tests.support.netlab import until
-from tests.support.redirect import CAN, NATIVE, REDIRECT, SO_MEMINFO, Held, enrol, read
+from tests.support.redirect import CAN, NATIVE, REDIRECT, SO_MEMINFO, read
 
 pytestmark = [pytest.mark.net, pytest.mark.bpf]
 
 STREAM = random.Random(5).randbytes(1_000_003) * 30
 """What senders send: no period that a kernel or an application has."""
-
-
-@pytest.fixture
-def pods(node, make_pod):
-    node.reset(acceleration=CAN)
-    return enrol(make_pod()), enrol(make_pod())
-
-
-@pytest.fixture
-def held(node, pods):
-    found = Held(node, *pods)
-    yield found
-    found.close()
 
 
 @contextlib.contextmanager

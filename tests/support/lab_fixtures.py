@@ -10,6 +10,7 @@ import pytest
 from ambient.datapath.layout import LAYOUT
 from ambient.datapath.values import AuthorizedValue, TupleKey
 from tests.support.netlab import Lab, Node, Pod, until
+from tests.support.redirect import CAN, Held, enrol
 from tests.support.require import require
 
 
@@ -91,3 +92,18 @@ def fill_authorized(node):
     table.update_many([(key[:32] + index.to_bytes(8, "big"), value) for index in range(1, 1 + table.info.max_entries)])
     yield
     node.maps.authorized.clear()
+
+
+@pytest.fixture
+def pods(node, make_pod):
+    """Client and server of connections that may be redirected."""
+    node.reset(acceleration=CAN)
+    return enrol(make_pod()), enrol(make_pod())
+
+
+@pytest.fixture
+def held(node, pods):
+    """A connection between them."""
+    found = Held(node, *pods)
+    yield found
+    found.close()
