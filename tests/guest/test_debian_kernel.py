@@ -44,7 +44,7 @@ INSIDE = (  # without [parameters]: all of them
     f"{SAME_NODE}::test_a_service_is_resolved_in_the_kernel_and_the_application_sees_what_it_dialled",
     f"{SAME_NODE}::test_without_a_current_allow_the_connection_goes_to_ztunnel[deny-verdict_denies]",
     f"{SAME_NODE}::test_a_new_generation_kills_what_was_authorized_and_is_on_its_way",
-    f"{SAME_NODE}::test_a_living_flow_shows_its_bytes_and_can_be_closed",
+    "tests/net/test_same_node_flows.py::test_a_living_flow_shows_its_bytes_and_can_be_closed",
 )
 
 

@@ -12,12 +12,10 @@ import signal
 import socket
 import subprocess
 import time
-from collections.abc import AsyncIterator
 from pathlib import Path
 
 import msgspec
 import pytest
-import pytest_asyncio
 
 from ambient.datapath.entries import ENROLLED, LOCAL, OPEN
 from ambient.datapath.layout import LAYOUT
@@ -30,21 +28,11 @@ from ambient.model.workload import Port, Service, TunnelProtocol, Workload
 from ambient.model.world import World
 from ambient.node import cni
 from ambient.node.wishes import ON_FAILURE
-from tests.node.real_node import NODE, RealNode, added, address, gone, real_node
-from tests.support.require import require
+from tests.node.real_node import NODE, RealNode, added, address, gone
 
 pytestmark = [pytest.mark.asyncio(loop_scope="module"), pytest.mark.bpf, pytest.mark.net]
 
 ENROLLED_OPEN, DIRECT = LAYOUT["ENROLLED_OPEN"], LAYOUT["WORKLOAD_DIRECT"]
-
-
-@pytest_asyncio.fixture(scope="module", loop_scope="module")
-async def node() -> AsyncIterator[RealNode]:
-    require("bpf")
-    async with real_node() as node:
-        await node.namespace("shop", "ambient")
-        await node.namespace("plain")
-        yield node
 
 
 async def test_add_enrols_before_it_answers_and_passes_the_result_on(node: RealNode) -> None:

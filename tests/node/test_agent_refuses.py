@@ -5,27 +5,16 @@ from __future__ import annotations
 import json
 import socket
 import subprocess
-from collections.abc import AsyncIterator
 
 import pytest
-import pytest_asyncio
 
 from ambient.datapath.values import EnrolledValue, ListenerKey
 from ambient.io.bpf_sys import BpfFault
 from ambient.manifest.kinds import POD
 from ambient.node.annotations import NOT_ENROLLED
-from tests.node.real_node import RealNode, added, address, gone, real_node
-from tests.support.require import require
+from tests.node.real_node import RealNode, added, address, gone
 
 pytestmark = [pytest.mark.asyncio(loop_scope="module"), pytest.mark.bpf, pytest.mark.net]
-
-
-@pytest_asyncio.fixture(scope="module", loop_scope="module")
-async def node() -> AsyncIterator[RealNode]:
-    require("bpf")
-    async with real_node() as node:
-        await node.namespace("shop", "ambient")
-        yield node
 
 
 @pytest.mark.parametrize("name", ["enrolled", "listeners"])

@@ -3,31 +3,19 @@
 from __future__ import annotations
 
 import json
-from collections.abc import AsyncIterator
 from dataclasses import replace
 from typing import Any
 
 import aiohttp
 import pytest
-import pytest_asyncio
 
 from ambient.datapath.entries import BYPASS
 from ambient.datapath.layout import LAYOUT
 from ambient.datapath.values import EnrolledValue, ServiceKey, ServiceValue, WorkloadValue
 from ambient.io import bpf_links
-from tests.node.real_node import RealNode, added, gone, real_node
-from tests.support.require import require
+from tests.node.real_node import RealNode, added, gone
 
 pytestmark = [pytest.mark.asyncio(loop_scope="module"), pytest.mark.bpf, pytest.mark.net]
-
-
-@pytest_asyncio.fixture(scope="module", loop_scope="module")
-async def node() -> AsyncIterator[RealNode]:
-    require("bpf")
-    async with real_node() as node:
-        await node.namespace("shop", "ambient")
-        await node.namespace("other", "ambient")
-        yield node
 
 
 async def ask(node: RealNode, method: str, path: str) -> tuple[int, Any]:

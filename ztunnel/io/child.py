@@ -22,8 +22,8 @@ from ambient.io import seqpacket
 from ambient.io.seqpacket import PacketSocket
 from ambient.node.messages import Ack
 from ztunnel.io.descriptors import Descriptor
+from ztunnel.io.outbox import Outbox
 
-OUTBOX_MAX: Final = 8192
 STEADY_S: Final = 10.0
 """A child that lived so long starts afresh: its next death is restarted at once."""
 BACKOFF_MAX_S: Final = 5.0
@@ -57,7 +57,7 @@ class Child:
     started: float = 0.0
     start_at: float = 0.0
     quick_deaths: int = 0
-    outbox: deque[tuple[Any, tuple[Descriptor, ...]]] = field(default_factory=deque)
+    outbox: Outbox = field(default_factory=Outbox)
     unacked: dict[str, deque[list[Pending]]] = field(default_factory=dict)
     owed: dict[str, list[Pending]] = field(default_factory=dict)
     """Puts that an earlier process of this child did not acknowledge."""
@@ -84,22 +84,13 @@ class Child:
     def send(self, message: Any, descriptors: Iterable[Descriptor] = ()) -> None:
         """Queue; nothing happens if the child is not running: it gets everything when it starts."""
         if self.socket is not None:
-            self.outbox.append((message, tuple(descriptors)))
+            self.outbox.put(message, descriptors)
             self.flush()
 
     def flush(self) -> None:
         """Send what the child takes. A child that takes nothing for long is killed."""
-        while self.outbox and self.socket is not None:
-            message, descriptors = self.outbox[0]
-            try:
-                self.socket.send(message, [d.fd for d in descriptors])
-            except BlockingIOError:
-                if len(self.outbox) > OUTBOX_MAX:
-                    self.kill()
-                return
-            except OSError:
-                return  # it is ending: its pidfd tells
-            self.outbox.popleft()
+        if self.socket is not None and not self.outbox.flush(self.socket):
+            self.kill()
 
     def kill(self) -> None:
         self.signal(signal.SIGKILL)

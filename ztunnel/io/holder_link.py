@@ -6,7 +6,6 @@ import logging
 import os
 import selectors
 import time
-from collections import deque
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Final
@@ -16,11 +15,11 @@ from ambient.io import seqpacket
 from ambient.io.seqpacket import PacketSocket
 from ambient.node import messages as m
 from ztunnel.io.descriptors import Descriptor
+from ztunnel.io.outbox import Outbox
 
 RECONNECT_S: Final = 0.2
 HOLDS_MAX: Final = 380
 """Pod UIDs that fit one Hello."""
-OUTBOX_MAX: Final = 8192
 
 FromHolder = m.PodPut | m.PodRemove | m.SnapshotSent | m.ReturnPods | m.Ack
 _log = logging.getLogger("ztunnel")
@@ -37,7 +36,7 @@ class HolderLink:
         self.socket: PacketSocket[Any] | None = None
         self.connect_at = 0.0
         """When to try again, if there is no socket."""
-        self.outbox: deque[tuple[m.Message, tuple[Descriptor, ...]]] = deque()
+        self.outbox = Outbox()
         self._complained = False
 
     def connect(self, now: float, pods: tuple[str, ...]) -> None:
@@ -81,21 +80,12 @@ class HolderLink:
     def tell(self, message: m.Message, descriptors: tuple[Descriptor, ...] = ()) -> None:
         """Queue; nothing happens without a holder."""
         if self.socket is not None:
-            self.outbox.append((message, descriptors))
+            self.outbox.put(message, descriptors)
             self._flush()
 
     def _flush(self) -> None:
-        while self.outbox and self.socket is not None:
-            message, descriptors = self.outbox[0]
-            try:
-                self.socket.send(message, [d.fd for d in descriptors])
-            except BlockingIOError:
-                if len(self.outbox) > OUTBOX_MAX:
-                    self._lose("it does not read its messages")
-                return
-            except OSError:
-                return  # the read side tells of the end
-            self.outbox.popleft()
+        if self.socket is not None and not self.outbox.flush(self.socket):
+            self._lose("it does not read its messages")
 
     def _lose(self, why: str) -> None:
         """Serve on with what is here, and look for the next holder."""
