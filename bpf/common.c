@@ -46,6 +46,16 @@ static __always_inline struct tuple_key other_end(const struct tuple_key *key)
 	return out;
 }
 
+/* A new record under the socket. None, and counted, without room. */
+static __always_inline struct pending_value *new_record(struct bpf_sock_addr *ctx)
+{
+	struct pending_value *record = pending.sk_storage_get(ctx->sk, 0, BPF_SK_STORAGE_GET_F_CREATE);
+
+	if (!record)
+		count(REASON_NO_PENDING);
+	return record;
+}
+
 /* Have sock_ops called when the socket closes. */
 static __always_inline void follow_state(struct bpf_sock_ops *ctx)
 {

@@ -44,9 +44,11 @@ static __always_inline enum reason plan_connect(struct bpf_sock_addr *ctx, struc
 	return reason;
 }
 
-static __always_inline int refused(enum reason reason)
+static __always_inline int not_turned(enum reason reason)
 {
-	return reason == REASON_RECURSION || reason == REASON_SHARE_EXCEEDED;
+	if (reason != REASON_NONE)
+		count(reason);
+	return reason == REASON_RECURSION || reason == REASON_SHARE_EXCEEDED ? REFUSE : LET;
 }
 
 /* Only a stream socket nobody bound: a bound one keeps its address, and the kernel binds only once. The pod's address
@@ -68,12 +70,8 @@ int connect4(struct bpf_sock_addr *ctx)
 	pending.sk_storage_delete(ctx->sk);
 	record.original = sockaddr_target4(ctx);
 	reason = plan_connect(ctx, &record, &pod);
-	if (reason == REASON_NONE)
-		return LET;
-	if (!turned(reason) || !pod) {
-		count(reason);
-		return refused(reason) ? REFUSE : LET;
-	}
+	if (!turned(reason) || !pod)
+		return not_turned(reason);
 	if (wants_bind(ctx, &pod->address4)) {
 		local.sin_family = FAMILY_INET;
 		local.sin_addr.s_addr = address_word(&pod->address4, 3);
@@ -82,11 +80,9 @@ int connect4(struct bpf_sock_addr *ctx)
 			return REFUSE;
 		}
 	}
-	kept = pending.sk_storage_get(ctx->sk, 0, BPF_SK_STORAGE_GET_F_CREATE);
-	if (!kept) {
-		count(REASON_NO_PENDING);
+	kept = new_record(ctx);
+	if (!kept)
 		return REFUSE;
-	}
 	*kept = record;
 	sockaddr_set4(ctx, &record.remote, record.remote_port);
 	count(reason);
@@ -105,12 +101,8 @@ int connect6(struct bpf_sock_addr *ctx)
 	pending.sk_storage_delete(ctx->sk);
 	record.original = sockaddr_target6(ctx);
 	reason = plan_connect(ctx, &record, &pod);
-	if (reason == REASON_NONE)
-		return LET;
-	if (!turned(reason) || !pod) {
-		count(reason);
-		return refused(reason) ? REFUSE : LET;
-	}
+	if (!turned(reason) || !pod)
+		return not_turned(reason);
 	/* ::ffff:a.b.c.d on an IPv6 socket is IPv4: bound and sent on as such, in its mapped form. */
 	own = address_is4(&record.original) ? pod->address4 : pod->address6;
 	if (wants_bind(ctx, &own)) {
@@ -121,11 +113,9 @@ int connect6(struct bpf_sock_addr *ctx)
 			return REFUSE;
 		}
 	}
-	kept = pending.sk_storage_get(ctx->sk, 0, BPF_SK_STORAGE_GET_F_CREATE);
-	if (!kept) {
-		count(REASON_NO_PENDING);
+	kept = new_record(ctx);
+	if (!kept)
 		return REFUSE;
-	}
 	*kept = record;
 	sockaddr_set6(ctx, &record.remote, record.remote_port);
 	count(reason);

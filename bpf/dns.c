@@ -36,11 +36,9 @@ int sendmsg4(struct bpf_sock_addr *ctx)
 	record.original = sockaddr_target4(ctx);
 	if (plan_datagram(ctx, &record) != REASON_DNS)
 		return LET;
-	kept = pending.sk_storage_get(ctx->sk, 0, BPF_SK_STORAGE_GET_F_CREATE);
-	if (!kept) {
-		count(REASON_NO_PENDING);
+	kept = new_record(ctx);
+	if (!kept)
 		return REFUSE;
-	}
 	*kept = record;
 	sockaddr_set4(ctx, &record.remote, record.remote_port);
 	count(REASON_DNS);
@@ -55,11 +53,9 @@ int sendmsg6(struct bpf_sock_addr *ctx)
 	record.original = sockaddr_target6(ctx);
 	if (plan_datagram(ctx, &record) != REASON_DNS)
 		return LET;
-	kept = pending.sk_storage_get(ctx->sk, 0, BPF_SK_STORAGE_GET_F_CREATE);
-	if (!kept) {
-		count(REASON_NO_PENDING);
+	kept = new_record(ctx);
+	if (!kept)
 		return REFUSE;
-	}
 	*kept = record;
 	sockaddr_set6(ctx, &record.remote, record.remote_port);
 	count(REASON_DNS);

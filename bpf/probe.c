@@ -22,11 +22,9 @@ static __always_inline void mark_probe(struct bpf_sock_addr *ctx, const struct a
 	workload = workloads.lookup(&pod);
 	if (!workload || !(workload->flags & WORKLOAD_LOCAL) || !(workload->flags & WORKLOAD_ENROLLED))
 		return;
-	kept = pending.sk_storage_get(ctx->sk, 0, BPF_SK_STORAGE_GET_F_CREATE);
-	if (!kept) {
-		count(REASON_NO_PENDING);
+	kept = new_record(ctx);
+	if (!kept)
 		return;
-	}
 	kept->original = pod;
 	kept->remote = pod;
 	kept->original_port = sockaddr_port(ctx);
