@@ -22,7 +22,7 @@ import msgspec
 from ambient.errors import ConfigFault, PeerFault, PlatformFault
 from ambient.io.kube_auth import Credentials, from_kubeconfig, in_cluster
 from ambient.manifest.kinds import Kind
-from ambient.manifest.objects import Metadata, Object, Slim
+from ambient.manifest.objects import Object, Slim
 from ambient.manifest.problems import Problem, problem_of
 
 T = TypeVar("T", bound=Object)
@@ -78,8 +78,16 @@ class _WatchLine(msgspec.Struct):
     object: msgspec.Raw
 
 
-class _OnlyMetadata(msgspec.Struct):
-    metadata: Metadata = Metadata()
+class _Key(Slim, frozen=True):
+    namespace: str = ""
+    name: str = ""
+    resource_version: str = ""
+
+
+class _OnlyKey(msgspec.Struct):
+    """What is looked at of an object that does not decode: anything else in its metadata may be why."""
+
+    metadata: _Key = _Key()
 
 
 class _Status(Slim, frozen=True):
@@ -108,7 +116,7 @@ class WatchEvent(Generic[T]):
     problem: Problem | None = None
 
 
-def _key(meta: Metadata) -> str:
+def _key(meta: _Key) -> str:
     return f"{meta.namespace}/{meta.name}" if meta.namespace else meta.name
 
 
@@ -117,11 +125,11 @@ def decode_page(kind: Kind[T], body: bytes) -> tuple[Listing[T], str]:
     try:
         page = msgspec.json.decode(body, type=_Page[kind.struct])  # type: ignore[name-defined]
         return Listing(tuple(page.items or ()), page.metadata.resource_version), page.metadata.continue_
-    except (msgspec.DecodeError, RecursionError):
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
         pass
     try:
         raw = msgspec.json.decode(body, type=_RawPage)
-    except (msgspec.DecodeError, RecursionError) as error:
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         raise ApiUnreachable(f"list of {kind.plural}: not a Kubernetes list: {error}") from None
     items: list[T] = []
     unreadable: dict[str, Problem] = {}
@@ -133,11 +141,11 @@ def decode_page(kind: Kind[T], body: bytes) -> tuple[Listing[T], str]:
     return Listing(tuple(items), raw.metadata.resource_version, unreadable), raw.metadata.continue_
 
 
-def _metadata(raw: msgspec.Raw) -> Metadata:
+def _metadata(raw: msgspec.Raw) -> _Key:
     try:
-        return msgspec.json.decode(raw, type=_OnlyMetadata).metadata
-    except (msgspec.DecodeError, RecursionError):
-        return Metadata()
+        return msgspec.json.decode(raw, type=_OnlyKey).metadata
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
+        return _Key()
 
 
 def decode_event(kind: Kind[T], line: bytes) -> WatchEvent[T]:
@@ -147,7 +155,7 @@ def decode_event(kind: Kind[T], line: bytes) -> WatchEvent[T]:
         if event.type == "ERROR":
             status = msgspec.json.decode(event.object, type=_Status)
             raise ApiStatus(status.code, status.reason, status.message)
-    except (msgspec.DecodeError, RecursionError) as error:
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         raise ApiUnreachable(f"watch of {kind.plural}: not a watch event: {error}") from None
     if event.type == "BOOKMARK":
         return WatchEvent("BOOKMARK", _metadata(event.object).resource_version)
@@ -386,7 +394,7 @@ async def _raise_for_status(response: aiohttp.ClientResponse) -> None:
     text = (await response.content.read(65536)).decode("utf-8", "replace")
     try:
         status = msgspec.json.decode(text, type=_Status)
-    except (msgspec.DecodeError, RecursionError):
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
         status = _Status(message=text[:300])
     raise ApiStatus(
         response.status,
@@ -404,6 +412,6 @@ def _retry_after_s(header: str | None) -> float | None:
         return float(header)
     try:
         at = email.utils.parsedate_to_datetime(header)
-    except ValueError:
+        return max(0.0, at.timestamp() - time.time())
+    except (ValueError, OverflowError):
         return None
-    return max(0.0, at.timestamp() - time.time())

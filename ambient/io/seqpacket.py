@@ -74,7 +74,7 @@ class _Codec(Generic[M]):
                 raise PeerFault(f"a packet carries {len(fds)} descriptors, at most {FDS_MAX} are allowed")
             try:
                 message = self._decoder.decode(raw)
-            except (msgspec.DecodeError, RecursionError) as error:
+            except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
                 raise PeerFault(f"a packet of {len(raw)} bytes is no message: {error}") from None
             named = getattr(message, "fds", None)
             if named is not None and len(named) != len(fds):

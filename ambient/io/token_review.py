@@ -54,7 +54,7 @@ class TokenReviewer:
         answer = await self._client.request("POST", "/apis/authentication.k8s.io/v1/tokenreviews", body=body)
         try:
             status = msgspec.json.decode(answer, type=_Review).status
-        except (msgspec.DecodeError, RecursionError) as error:
+        except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
             raise PlatformFault(f"the answer to a TokenReview is not readable: {error}") from None
         caller = caller_of(status)
         if caller is None or caller.node_name or not caller.pod_name:

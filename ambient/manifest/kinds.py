@@ -46,7 +46,7 @@ class Kind(Generic[T]):
         """One JSON object. Raises ConfigFault naming the object, the field path and the rule."""
         try:
             return msgspec.json.decode(raw, type=self.struct)
-        except msgspec.DecodeError as error:  # ValidationError is one of these
+        except (msgspec.DecodeError, UnicodeDecodeError) as error:  # ValidationError is one of the former
             raise self._fault(_name_of(raw), error) from None
         except RecursionError:
             raise ConfigFault(self.name, "", "is nested too deeply") from None
@@ -71,7 +71,7 @@ class Kind(Generic[T]):
 def _name_of(raw: bytes | memoryview | msgspec.Raw) -> dict[str, Any]:
     try:
         meta = msgspec.json.decode(raw)["metadata"]
-    except (msgspec.DecodeError, KeyError, TypeError, RecursionError):
+    except (msgspec.DecodeError, UnicodeDecodeError, KeyError, TypeError, RecursionError):
         return {}
     return meta if isinstance(meta, dict) else {}
 

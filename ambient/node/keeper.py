@@ -191,7 +191,7 @@ class Keeper:
         else:
             try:
                 message = _DECODER.decode(raw)
-            except (msgspec.DecodeError, RecursionError) as error:
+            except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
                 self._drop(client, f"not a message: {error}")
                 return
             self._handle(client, message, descriptors)

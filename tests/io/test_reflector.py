@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 from collections.abc import AsyncIterator
 from typing import Any
 
@@ -222,6 +223,15 @@ async def test_too_many_requests_waits_as_long_as_told(
     assert api.watch_queries[1]["resourceVersion"] == "7"
 
 
+@pytest.mark.parametrize("header", ["Mon, 01 Jan 99999999999999999999 00:00:00 GMT", "soon", "-1", "\u00b2"])
+async def test_a_time_to_wait_that_is_none_is_left_to_the_backoff(
+    api: Api, client: KubeClient, seen: Seen, header: str
+) -> None:
+    api.list(pod("a", 1), version=7).watch_fails(429, {"Retry-After": header})
+    async with Running(client, seen):
+        await api.watched(2)
+
+
 async def test_a_kind_that_is_not_installed_counts_as_empty_and_is_asked_for_again(
     api: Api, client: KubeClient
 ) -> None:
@@ -276,6 +286,28 @@ async def test_an_object_that_does_not_decode_is_reported_and_the_rest_stays(
         assert reflector.objects["shop/a"].metadata.resource_version == "1"  # the last good form
         assert "shop/bad" in reflector.objects
         assert str(seen.problems["shop/a"]).startswith("Pod shop/a: spec: Expected `object`")
+    assert api.watch_queries[1]["resourceVersion"] == "9"
+
+
+async def test_text_that_is_no_utf8_is_a_problem_of_its_object_and_of_nobody_else(
+    api: Api, client: KubeClient, seen: Seen
+) -> None:
+    def broken(raw: bytes) -> bytes:
+        assert b"BROKEN" in raw
+        return raw.replace(b"BROKEN", b"\xff\xfe")
+
+    async def again(_: web.Request) -> web.Response:
+        items = [pod("a", 10, app="BROKEN"), pod("b", 3)]
+        body = json.dumps({"metadata": {"resourceVersion": "10"}, "items": items}).encode()
+        return web.Response(body=broken(body), content_type="application/json")
+
+    api.list(pod("a", 1), pod("b", 3), version=7)
+    api.watch(broken(event("MODIFIED", pod("a", 8, app="BROKEN"))), event("MODIFIED", pod("b", 9)))
+    api.watch_fails(410).lists.append(again)
+    async with Running(client, seen) as reflector:
+        await api.watched(3)
+        assert reflector.objects["shop/a"].metadata.resource_version == "1"  # the last good form
+        assert "shop/a" in seen.problems and set(reflector.objects) == {"shop/a", "shop/b"}
     assert api.watch_queries[1]["resourceVersion"] == "9"
 
 

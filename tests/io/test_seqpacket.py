@@ -10,6 +10,7 @@ import stat
 from collections.abc import Iterator
 from pathlib import Path
 
+import msgspec
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -110,6 +111,12 @@ def test_garbage_is_a_peer_fault_or_a_message(sockets: tuple[socket.socket, sock
     except PeerFault:
         return
     assert got is not None
+
+
+def test_text_that_is_no_utf8_is_a_peer_fault(sockets: tuple[socket.socket, socket.socket]) -> None:
+    sockets[0].send(msgspec.msgpack.encode(Ack(uid="BROKEN")).replace(b"BROKEN", b"\xff" * 6))
+    with pytest.raises(PeerFault, match="no message"):
+        PacketSocket(sockets[1], Message).receive()
 
 
 async def test_the_asynchronous_side_waits_to_send_and_to_receive() -> None:

@@ -320,7 +320,14 @@ def test_names_and_descriptors_that_do_not_match_are_refused(node: Node) -> None
 
 def test_garbage_ends_the_connection_and_not_the_holder(node: Node) -> None:
     node.agent()
-    for raw in (b"\xff\xfe", b"\x80", msgspec.msgpack.encode({"type": "Hello"}), b"x" * (m.MESSAGE_BYTES_MAX + 1)):
+    no_text = msgspec.msgpack.encode(m.Hello(role="agent", pid=1)).replace(b"agent", b"\xff\xfe\xfd\xfc\xfb")
+    for raw in (
+        b"\xff\xfe",
+        b"\x80",
+        msgspec.msgpack.encode({"type": "Hello"}),
+        no_text,
+        b"x" * (m.MESSAGE_BYTES_MAX + 1),
+    ):
         sock = seqpacket.connect(node.run_dir / "holder.sock")
         sock.settimeout(5)
         sock.send(raw)

@@ -305,7 +305,7 @@ class KernelFlows:
             return msgspec.json.decode(
                 (self._run_dir / "kernel_flows.json").read_bytes(), type=dict[int, tuple[int, int]]
             )
-        except (OSError, msgspec.DecodeError):
+        except (OSError, msgspec.DecodeError, UnicodeDecodeError):
             return {}
 
     def _save(self) -> None:

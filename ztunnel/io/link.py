@@ -230,7 +230,7 @@ class Link:
     def _handle(self, raw: bytes) -> None:
         try:
             message = self._decoder.decode(raw)
-        except msgspec.DecodeError as error:
+        except (msgspec.DecodeError, UnicodeDecodeError) as error:
             self._owner.count("control_messages_refused")
             self._owner.log("error", f"a message of the control process does not decode: {error}")
             return

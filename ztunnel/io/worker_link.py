@@ -69,7 +69,7 @@ class WorkerLink:
             return None
         try:
             message: Message = self._decoder.decode(raw)
-        except (msgspec.DecodeError, RecursionError) as error:
+        except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
             raise PeerFault(f"worker {self.number}: not a message: {error}") from None
         return message
 
