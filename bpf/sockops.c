@@ -169,6 +169,27 @@ static __always_inline void accepting(struct bpf_sock_ops *ctx, struct bpf_sock 
 	}
 }
 
+/* The key of the entries of a connection that is recorded under the socket of its client: as the server sees it. */
+static __always_inline struct tuple_key recorded_tuple(const struct pending_value *kept)
+{
+	struct tuple_key key = {};
+
+	key.local = kept->remote;
+	key.local_port = kept->remote_port;
+	key.remote = kept->client;
+	key.remote_port = kept->client_port;
+	return key;
+}
+
+static __always_inline void give_share_back(const struct pending_value *kept)
+{
+	__u64 netns = kept->netns;
+	struct enrolled_value *pod = enrolled.lookup(&netns);
+
+	if (pod && pod->flows)
+		__sync_fetch_and_add(&pod->flows, -1);
+}
+
 static __always_inline void closing(struct bpf_sock_ops *ctx, struct bpf_sock *sk, struct tuple_key *own)
 {
 	struct tuple_key theirs = other_end(own);
@@ -180,10 +201,8 @@ static __always_inline void closing(struct bpf_sock_ops *ctx, struct bpf_sock *s
 
 	if (kept && kept->state == PENDING_COUNTED) {
 		struct redirect_key key = {};
-		struct enrolled_value *pod = enrolled.lookup(&kept->netns);
 
-		if (pod && pod->flows)
-			__sync_fetch_and_add(&pod->flows, -1);
+		give_share_back(kept);
 		key.netns = kept->netns;
 		key.client = kept->client;
 		key.client_port = kept->client_port;
@@ -193,24 +212,16 @@ static __always_inline void closing(struct bpf_sock_ops *ctx, struct bpf_sock *s
 		return;
 	}
 	if (kept && kept->state == PENDING_AUTHORIZED) {
-		theirs.local = kept->remote;
-		theirs.local_port = kept->remote_port;
-		theirs.remote = kept->client;
-		theirs.remote_port = kept->client_port;
+		theirs = recorded_tuple(kept);
 		authorized.delete(&theirs);
 		kept->state = PENDING_DECIDED;
 		return;
 	}
 	if (kept && kept->state == PENDING_FLOW) {
-		struct enrolled_value *pod = enrolled.lookup(&kept->netns);
 		struct flow_value *flow;
 
-		if (pod && pod->flows)
-			__sync_fetch_and_add(&pod->flows, -1);
-		theirs.local = kept->remote;
-		theirs.local_port = kept->remote_port;
-		theirs.remote = kept->client;
-		theirs.remote_port = kept->client_port;
+		give_share_back(kept);
+		theirs = recorded_tuple(kept);
 		kept->state = PENDING_DECIDED;
 		flow = flows.lookup(&theirs);
 		if (flow && flow->client.cookie != cookie)
