@@ -14,7 +14,7 @@ TEST_PACKAGES := haproxy redis-server redis-tools postgresql postgresql-client g
 .PHONY: help setup demo test lint format proto clean
 help:
 	@echo "make demo    two nodes, a shop, enrolment, mTLS, policy: the whole mesh on this machine"
-	echo "make test    every test this machine can run"
+	echo "make test    every test; some of them: make test ARGS=\"tests/model -x\""
 	echo "make lint    ruff, mypy --strict, import contracts"
 
 setup: build/packages .venv/ready build/ambient-cni  ## everything the other targets need
@@ -64,8 +64,9 @@ build/ambient-cni: ambient/node/cni_stub.c build/packages
 demo: setup
 	@$(PY) -m ambient demo
 
+# Without ARGS pytest takes the directory pyproject.toml names: with it here, ARGS could only add tests.
 test: setup build/test-packages build/guest/version
-	@$(PY) -m pytest tests $(ARGS)
+	@$(PY) -m pytest $(ARGS)
 
 lint: setup
 	@.venv/bin/ruff check .
