@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import ast
+import json
 import re
+import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -15,7 +17,9 @@ from ambient.cli import cli
 
 ROOT = Path(__file__).resolve().parents[2]
 README = (ROOT / "README.md").read_text()
-ARCHITECTURE = (ROOT / "ARCHITECTURE.md").read_text()
+DOCUMENTS = ("README.md", "ARCHITECTURE.md", "bpf/README.md", "tests/README.md", "kind-cluster/README.md")
+AREAS = ("ambient", "ztunnel", "waypoint", "bpf", "examples", "kind-cluster", "tests")
+FILES = [str(path) for area in AREAS for path in (ROOT / area).rglob("*")] + [str(path) for path in ROOT.glob("*")]
 LAYOUT = (ROOT / "bpf/include/layout.h").read_text()
 
 
@@ -58,20 +62,84 @@ def _parses(words: list[str]) -> None:
             assert word.partition("=")[0] in known, f"{command.name} has no option {word}"
 
 
-def test_the_readme_calls_only_commands_that_exist() -> None:
-    called = re.findall(r"\$ ambient ([a-z]+)(?: ([a-z]+))?", README)
-    assert called
-    paths = {path for path, _ in ALL}
-    for name, sub in called:
-        assert (name,) in paths
-        if any(path[0] == name and len(path) == 2 for path in paths) and name != "maps":
-            assert (name, sub) in paths
+def code(document: str) -> list[str]:
+    """What a document has in backquotes, and the lines of its blocks that are typed into a shell."""
+    text = (ROOT / document).read_text()
+    blocks = "".join(re.findall(r"^```console\n(.*?)^```", text, re.MULTILINE | re.DOTALL))
+    typed = [line.partition("#")[0].removeprefix("$").strip() for line in blocks.splitlines()]
+    prose = re.sub(r"^```.*?^```", "", text, flags=re.MULTILINE | re.DOTALL)
+    return [*typed, *re.findall(r"`([^`\n]+)`", prose)]
 
 
-def test_the_readme_names_make_targets_that_exist() -> None:
+@pytest.mark.parametrize("document", DOCUMENTS)
+def test_a_document_calls_only_commands_and_options_that_exist(document: str) -> None:
+    names = {path[0] for path, _ in ALL}
+    for words in (line.split() for line in code(document) if line.startswith("ambient ")):
+        assert words[1] in names, " ".join(words)
+        _parses(words[1:])
+
+
+def test_the_readme_shows_commands() -> None:
+    assert sum(line.startswith("ambient ") for line in code("README.md")) > 10
+
+
+@pytest.mark.parametrize("document", DOCUMENTS)
+def test_a_document_names_make_targets_that_exist(document: str) -> None:
     makefile = (ROOT / "Makefile").read_text()
-    for target in set(re.findall(r"`?make ([a-z]+)`?", README)):
-        assert re.search(rf"^{target}:", makefile, re.MULTILINE), target
+    for line in code(document):
+        if line.startswith("make "):
+            assert re.search(rf"^{re.escape(line.split()[1])}:", makefile, re.MULTILINE), line
+
+
+@pytest.mark.parametrize("document", DOCUMENTS)
+def test_a_document_names_files_that_exist(document: str) -> None:
+    """A name counts if a file's path ends with it: `agent.py`, `net/test_rights.py`, `bpf/README.md`."""
+    for name in code(document):
+        if re.fullmatch(r"[\w./-]+\.(py|c|h|md|sh|yaml|toml|svg)", name):
+            assert any(path.endswith(f"/{name}") for path in FILES), name
+
+
+def test_tests_that_a_text_refers_to_exist() -> None:
+    names = {path.rpartition("/")[2] for path in FILES}
+    for path in (path for path in FILES if path.endswith((".py", ".c", ".h", ".toml", "Makefile"))):
+        for name in re.findall(r"\btest_\w+\.py\b", Path(path).read_text()):
+            assert name in names, f"{path} refers to {name}"
+
+
+def test_every_proof_is_listed_with_the_tests() -> None:
+    listed = set(code("tests/README.md"))
+    for path in (path for area in ("proof", "net") for path in (ROOT / "tests" / area).glob("test_*.py")):
+        assert f"{path.parent.name}/{path.name}" in listed
+
+
+def test_make_runs_the_tests_that_are_asked_for_and_no_others() -> None:
+    command = ["make", "-n", "test", "ARGS=tests/model -x"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    (line,) = (line for line in done.stdout.splitlines() if "-m pytest" in line)
+    assert line.endswith("-m pytest tests/model -x")
+
+
+COSTS = (
+    ("1 B round trip: time (p50)", "rtt_1", "p50_us"),
+    ("1 KB writes: throughput", "stream_1k", "gbit_s"),
+    ("128 KB writes: throughput", "stream_128k", "gbit_s"),
+    ("new connections: per second", "connect", "per_s"),
+    ("HTTP, 1 connection: time (p50)", "http_1", "p50_us"),
+    ("HTTP, 32 connections: requests per second", "http_32", "per_s"),
+    ("the same, level-triggered server", "http_32_level", "per_s"),
+    ("CPU per request of that", "http_32_level", "cpu_us"),
+)
+COST_PATHS = ("mesh_direct", "mesh_redirect", "mesh_across", "envoy_across")
+
+
+def test_the_table_of_costs_is_that_of_the_runs_it_names() -> None:
+    idle = re.search(r"`(tests/bench/results/\S+-full)\.json` and `-full-awake\.json`", README)
+    assert idle
+    runs = [json.loads((ROOT / f"{idle[1]}{word}.json").read_text())["rows"] for word in ("", "-awake")]
+    ratios = [{(row["work"], row["path"], row["metric"]): row["ratio"] for row in rows} for rows in runs]
+    for title, work, metric in COSTS:
+        cells = [" / ".join(f"{run[work, path, metric]:.2f}" for run in ratios) for path in COST_PATHS]
+        assert f"| {title} | {' | '.join(cells)} |" in README.splitlines()
 
 
 def test_ports_are_the_same_in_python_and_c() -> None:
@@ -83,28 +151,6 @@ def test_ports_are_the_same_in_python_and_c() -> None:
     ):
         match = re.search(rf"#define {name} (\d+)", LAYOUT)
         assert match and int(match[1]) == constant
-
-
-MAPS = (
-    "enrolled",
-    "workloads",
-    "services",
-    "pending",
-    "hashed",
-    "redirects",
-    "authorized",
-    "origins",
-    "listeners",
-    "counters",
-    "settings",
-)
-
-
-@pytest.mark.parametrize("name", MAPS)
-def test_every_map_is_described_where_maps_are_described(name: str) -> None:
-    assert re.search(rf"\b{name}\b", (ROOT / "bpf/include/maps.h").read_text())
-    assert f"`{name}`" in (ROOT / "bpf/README.md").read_text()
-    assert f"`{name}`" in ARCHITECTURE
 
 
 def test_only_the_loader_imports_bcc() -> None:

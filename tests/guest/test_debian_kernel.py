@@ -58,7 +58,7 @@ class Guest:
 
 
 def _name(node: str) -> str:
-    """tests/a/test_b.py::C::test_d[e] as the results write it: tests.a.test_b.C.test_d[e]"""
+    """tests/net/test_leak.py::C::test_d[e] as the results write it: tests.net.test_leak.C.test_d[e]"""
     return node.replace(".py::", ".").replace("::", ".").replace("/", ".")
 
 

@@ -2,7 +2,7 @@
 and never goes past the mesh; others go on; and room that is made is used.
 
 The node's programs differ from the product's in the maps' limits alone, which are so small that a few pods fill them.
-Shares of a workload are in test_capture.py and test_same_node.py, the ring buffer is in test_same_node.py.
+Shares of a workload are in test_capture.py and test_same_node.py, the ring buffer is in test_same_node_flows.py.
 """
 
 from __future__ import annotations

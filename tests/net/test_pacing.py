@@ -5,11 +5,11 @@ from __future__ import annotations
 import os
 import re
 import subprocess
-from pathlib import Path
 
 import pytest
 
 from tests.net.test_delivery import deliver
+from tests.support.require import require
 
 pytestmark = [pytest.mark.net, pytest.mark.bpf]
 
@@ -29,8 +29,7 @@ def algorithm(pod, which: str) -> str:
 
 @pytest.fixture
 def paced():
-    if "bbr" not in Path("/proc/sys/net/ipv4/tcp_available_congestion_control").read_text().split():
-        pytest.skip("this kernel has no congestion control that paces")
+    require("bbr")
 
     def make(pod) -> None:
         inside(pod, "sysctl", "-qw", "net.ipv4.tcp_congestion_control=bbr")

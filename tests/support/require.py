@@ -44,6 +44,9 @@ def _missing(need: str) -> str | None:
             if memory_hierarchy() or "memory" in (cgroup.mount_point() / "cgroup.controllers").read_text().split():
                 return None
             return "no memory controller limits what sockets hold here"
+        case "bbr":
+            known = Path("/proc/sys/net/ipv4/tcp_available_congestion_control").read_text().split()
+            return None if "bbr" in known else "the kernel has no congestion control that paces"
         case tool:
             return None if shutil.which(tool) else f"{tool} is not installed"
 
