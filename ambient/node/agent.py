@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import functools
 import logging
 import os
 import random
@@ -46,6 +47,7 @@ from ambient.settings import NodeSettings, read_settings
 
 BEAT_S: Final = 1.0
 SWEEP_S: Final = 60.0
+SILENT_S: Final = LAYOUT["AGENT_SILENT_S"]
 RETRY_S: Final = (1.0, 30.0)
 CROWDED: Final = "map flows is nearly full: ztunnel takes new connections within the node until there is room again"
 CANNOT_CLOSE: Final = (
@@ -100,6 +102,9 @@ class Agent:
         self._kernel: Kernel | None = None
         self._world: World | None = None
         self._connected, self._connection = False, "not connected yet"
+        self._doubted = asyncio.Event()
+        self._asked_at = 0
+        """`Kernel.doubts` when the World was last asked for."""
         self._problems: dict[str, str] = {}
         self._draining: list[str] = []
         """Earlier layouts that are still pinned."""
@@ -210,12 +215,14 @@ class Agent:
                 tasks.create_task(self._drain(self._kernel, inheritance))
             self._problems.pop("kernel", None)
             tasks.create_task(self._pods.audit())
-            tasks.create_task(subscribe(self._settings, "agent", self._world_changed, on_state=self._state))
+            tasks.create_task(self._follow(self._kernel))
 
     async def _beat(self, kernel: Kernel) -> None:
         swept = time.monotonic()
         while True:
             kernel.beat()
+            if kernel.doubts != self._asked_at:
+                self._doubted.set()
             self._redirect(kernel)
             if time.monotonic() - swept > SWEEP_S:
                 swept = time.monotonic()
@@ -259,10 +266,23 @@ class Agent:
         if taken := kernel.redirection.take_out(spaces):
             log.info("took %d sockets that turned blocking out of redirection", taken)
 
-    async def _world_changed(self, world: World, _: Diff) -> None:
-        assert self._kernel is not None
+    async def _follow(self, kernel: Kernel) -> None:
+        """Keep maps and World in step. In doubt everything is asked for anew: the stream of before may be behind, or
+        over without our knowing."""
+        while True:
+            doubts = self._asked_at = kernel.doubts
+            self._doubted.clear()
+            async with asyncio.TaskGroup() as tasks:
+                changed = functools.partial(self._world_changed, kernel, doubts)
+                following = tasks.create_task(subscribe(self._settings, "agent", changed, on_state=self._state))
+                await self._doubted.wait()
+                following.cancel()
+            log.warning("was silent for more than %d s: asking the control plane for everything anew", SILENT_S)
+
+    async def _world_changed(self, kernel: Kernel, doubts: int, world: World, _: Diff) -> None:
         self._world = world
-        self._kernel.put_world(world, self._pods.local_pods())
+        kernel.put_world(world, self._pods.local_pods())
+        kernel.believe(doubts)
 
     def _state(self, connected: bool, reason: str) -> None:
         self._connected, self._connection = connected, reason
@@ -290,7 +310,7 @@ class Agent:
             "control": {"connected": self._connected, "reason": self._connection, "world": self._world is not None},
             "holder": {"connected": self._holder.connected.is_set()},
             "api": {"synced": self._pods.wishes.synced},
-            "complete": kernel is not None and kernel.complete,
+            "complete": kernel is not None and bool(kernel.settings.complete),
             "pods": self._pods.status(),
             "bypass": msgspec.to_builtins(self._pods.wishes.bypass()),
             "counters": self._pods.counters

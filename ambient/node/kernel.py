@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, Final, TypeVar
 
 from ambient.datapath import entries, render
+from ambient.datapath.decide import agent_is_silent
 from ambient.datapath.endpoints import counts
 from ambient.datapath.entries import LocalPod
 from ambient.datapath.layout import LAYOUT
@@ -140,6 +141,10 @@ class Kernel:
         self.maps = maps
         self.refused = 0
         self.complete = False
+        """Whether the maps hold the whole World; that it is the present one is `doubts`' affair."""
+        self.doubts = 0
+        """How often this process found that it had been silent for so long that its verdicts did not count any more."""
+        self._believed = 0
         self.problem = ""
         self._world: World | None = None
         self._remote: dict[str, WorkloadValue] = {}
@@ -159,15 +164,25 @@ class Kernel:
         self.maps.close()
 
     def beat(self) -> None:
-        """A sign of life, and whatever changed of the settings."""
+        """A sign of life, and whatever changed of the settings. Who was silent for long may have missed the loss of any
+        right, so its word does not count again until a World was asked for anew (`believe`)."""
+        now_ns = time.monotonic_ns()
+        if agent_is_silent(self._settings, now_ns):
+            self.doubts += 1
         found = self._settings.acceleration & ~LAYOUT["CROWDED"]
         self._settings = dataclasses.replace(
             self._settings,
-            heartbeat_ns=time.monotonic_ns(),
-            complete=int(self.complete),
+            heartbeat_ns=now_ns,
+            complete=int(self.complete and self.doubts == self._believed),
             acceleration=found | (LAYOUT["CROWDED"] if self._crowd.look(time.monotonic()) else 0),
         )
         self.maps.settings = self._settings
+
+    def believe(self, doubts: int) -> None:
+        """The World in the maps was asked for when there had been so many ``doubts``."""
+        if self._believed != doubts:
+            self._believed = doubts
+            self.beat()
 
     @property
     def settings(self) -> SettingsValue:

@@ -24,6 +24,7 @@ from ambient.io import bpf_links
 from ambient.manifest.kinds import NAMESPACE, POD
 from ambient.manifest.mesh import REDIRECTION
 from ambient.model.address import parse_ip
+from ambient.model.policy import Action, Group, Match, Policy, Rule, Scope
 from ambient.model.workload import Port, Service, TunnelProtocol, Workload
 from ambient.model.world import World
 from ambient.node import cni
@@ -32,7 +33,8 @@ from tests.node.real_node import NODE, RealNode, added, address, gone
 
 pytestmark = [pytest.mark.asyncio(loop_scope="module"), pytest.mark.bpf, pytest.mark.net]
 
-ENROLLED_OPEN, DIRECT = LAYOUT["ENROLLED_OPEN"], LAYOUT["WORKLOAD_DIRECT"]
+ENROLLED_OPEN, DIRECT, ALLOW_ANY = LAYOUT["ENROLLED_OPEN"], LAYOUT["WORKLOAD_DIRECT"], LAYOUT["WORKLOAD_ALLOW_ANY"]
+SILENT_S = LAYOUT["AGENT_SILENT_S"]
 
 
 async def test_add_enrols_before_it_answers_and_passes_the_result_on(node: RealNode) -> None:
@@ -324,6 +326,51 @@ async def test_the_heartbeat_moves_and_the_settings_name_the_cgroups(node: RealN
         assert set(first.exempt_cgroups) == {os.stat(node.cgroup / n).st_ino for n in ("agent", "ztunnel")}
         assert first.kubelet_cgroups == (os.stat(node.cgroup / "kubelet").st_ino,)
         await node.until(lambda: maps.settings.heartbeat_ns > first.heartbeat_ns, "a heartbeat", 5)  # type: ignore[union-attr]
+
+
+async def test_an_agent_that_was_stopped_vouches_for_nothing_until_it_was_told_anew(node: RealNode) -> None:
+    """While it was stopped ztunnel decided. Its first sign of life must not bring back what it had allowed before."""
+    pod, sandbox = await added(node, "judged")
+    await node.reaches("judged", "enrolled")
+
+    def workload(*policies: str) -> Workload:
+        return Workload(
+            uid="Kubernetes//Pod/shop/judged",
+            name="judged",
+            namespace="shop",
+            addresses=tuple(parse_ip(a) for a in sandbox.addresses),
+            node=NODE,
+            protocol=TunnelProtocol.HBONE,
+            policies=policies,
+        )
+
+    deny = Policy(
+        "no", "shop", Scope.WORKLOAD_SELECTOR, Action.DENY, (Group((Rule((Match(not_destination_ports=(1,)),)),)),)
+    )
+    node.control.discovery.set_world(World.of([workload()]))
+    with node.maps() as maps:
+
+        def open_to_all() -> bool:
+            assert maps.settings is not None
+            return bool(maps.settings.complete and maps.workloads[sandbox.address].flags & ALLOW_ANY)
+
+        await node.until(open_to_all, "nobody is denied")
+        assert maps.settings is not None
+        agent = node.pid("agent")
+        os.kill(agent, signal.SIGSTOP)
+        try:
+            await node.control.server.stop()  # its stream ends without its notice
+            node.control.discovery.set_world(World.of([workload("shop/no")], policies=[deny]))
+            silent_ns = maps.settings.heartbeat_ns + SILENT_S * 10**9
+            await node.until(lambda: time.monotonic_ns() > silent_ns, "the kernel to stop believing it", SILENT_S + 5)
+        finally:
+            os.kill(agent, signal.SIGCONT)
+        await node.until(lambda: maps.settings.heartbeat_ns > silent_ns, "a sign of life")  # type: ignore[union-attr]
+        assert not open_to_all()
+        await node.control.__aenter__()  # the next one, on the same port
+        await node.until(lambda: maps.settings.complete, "it is believed again")  # type: ignore[union-attr]
+        assert not open_to_all() and node.pid("agent") == agent
+    await gone(node, pod, sandbox)
 
 
 async def test_a_namespace_may_ask_to_be_open_on_failure(node: RealNode) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 import pytest
 
 from ambient.datapath.entries import LocalPod
+from ambient.datapath.layout import LAYOUT
 from ambient.datapath.values import SettingsValue, WorkloadValue
 from ambient.errors import PlatformFault
 from ambient.model.address import parse_ip
@@ -38,7 +40,10 @@ class Table(dict[Any, Any]):
 
 @pytest.fixture
 def kernel(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Kernel:
-    monkeypatch.setattr(kernels, "_settings_value", lambda settings, before: SettingsValue(mode=before.mode))
+    def settings(_: NodeSettings, before: SettingsValue) -> SettingsValue:
+        return SettingsValue(heartbeat_ns=time.monotonic_ns(), mode=before.mode)
+
+    monkeypatch.setattr(kernels, "_settings_value", settings)
     maps: Any = SimpleNamespace(
         workloads=Table(),
         services=Table(),
@@ -86,6 +91,24 @@ def test_what_finds_no_room_makes_the_maps_incomplete_until_it_fits(kernel: Kern
     assert kernel.refused == 2 and "no room" in kernel.problem
     kernel.put_world(world(3), [])
     assert kernel.maps.settings.complete == 1 and kernel.problem == ""
+
+
+def test_who_was_silent_for_long_is_believed_only_after_it_asked_anew(
+    kernel: Kernel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kernel.put_world(world(1), [OURS])
+    silent_ns = LAYOUT["AGENT_SILENT_S"] * 10**9
+    for later_ns, believed in ((silent_ns - 10**9, 1), (silent_ns + 1, 0)):
+        assert kernel.maps.settings is not None
+        now_ns = kernel.maps.settings.heartbeat_ns + later_ns
+        monkeypatch.setattr(kernels.time, "monotonic_ns", lambda now_ns=now_ns: now_ns)
+        kernel.beat()
+        assert kernel.maps.settings.heartbeat_ns == now_ns and kernel.maps.settings.complete == believed
+    kernel.put_world(world(2), [OURS])  # of a stream from before: another loss may be behind it
+    kernel.believe(0)
+    assert kernel.maps.settings.complete == 0
+    kernel.believe(kernel.doubts)
+    assert kernel.maps.settings.complete == 1
 
 
 def test_an_operators_bypass_outlives_the_agent(kernel: Kernel) -> None:
