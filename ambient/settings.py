@@ -63,7 +63,7 @@ class NodeSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_o
     """text or json."""
     log_level: str = "info"
     strict_means_off: bool = False
-    """Mesh setting strictMeansOff: a STRICT workload never takes the same-node kernel path."""
+    """A STRICT workload never takes the kernel's path within the node: STRICT means encrypted."""
     heartbeat_timeout_s: int = 15
     """Pods of a namespace that is open on failure are captured no more when the agent was silent for so long. A
     restarted agent is back in two seconds. 0: never."""
@@ -93,7 +93,7 @@ class ControlSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, k
     data_dir: str = "/var/lib/ambient"
     """Where the root key is kept (0600)."""
     root_cert_file: str = ""
-    """Intermediate mode: PEM of the signing certificate chain, with ca_key_file and root bundle beside."""
+    """A signing chain of your own (PEM), with root_key_file and root_bundle_file; all empty: the root is made here."""
     root_key_file: str = ""
     root_bundle_file: str = ""
     trust_domain: str = "cluster.local"

@@ -1,6 +1,6 @@
 /* getpeername.c - cgroup/getpeername4 and 6 at the pods' cgroup: the peer the application believes in.
  *
- * On a connection it made: the address it dialled, not ztunnel's listener. On one that ztunnel delivered: the true
+ * On a connection it made: the address it dialled, not ztunnel's listener or an endpoint. On one that ztunnel delivered: the true
  * client. accept() takes its address from here too. Never fails: without a record the kernel's answer stands.
  */
 

@@ -2,7 +2,7 @@
 
 The demo drives the same commands a user types (`ambient lab`, `kubectl`, `ambient maps`) and judges by what it can
 see from outside: answers of the shop, packets on the underlay, process IDs, log lines. The first step that is not
-as said ends it with exit code 1; the lab is removed in any case.
+as said ends it with exit code 1; the lab is removed in any case, unless ``--keep`` says otherwise.
 """
 
 from __future__ import annotations

@@ -20,5 +20,5 @@ MAP_PURPOSE: Final[dict[str, str]] = {
     "events": "ring buffer of closed flows (for telemetry, not listable)",
     "listeners": "pod address and kind -> ztunnel's listening socket",
     "counters": "reason -> how often",
-    "settings": "what the agent told the programs",
+    "settings": "what loader and agent told the programs",
 }

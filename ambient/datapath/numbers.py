@@ -1,7 +1,7 @@
-"""Node-local numbers: what the kernel maps call a workload or a service. 0 means unknown and is never given.
+"""Node-local numbers: what the kernel maps call a workload, service, identity or policy.
 
-A number is never given again, also not after a restart: an entry that was left behind must not come to mean
-somebody else.
+0 means unknown and is never given. A number is never given again, also not after a restart: an entry that was left
+behind must not come to mean somebody else.
 """
 
 from __future__ import annotations

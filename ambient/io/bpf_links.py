@@ -1,7 +1,7 @@
 """Attachments of the pinned programs, for processes that never compile.
 
     BPFFS_DIR/VERSION/maps/NAME            the maps (ambient.io.bpf_maps)
-    BPFFS_DIR/VERSION/progs/sk_lookup      the one program that is attached later, pod by pod
+    BPFFS_DIR/VERSION/progs/sk_lookup      a program that is attached later, pod by pod
     BPFFS_DIR/VERSION/links/HOOK           attachments to the node's and the pods' cgroup
     BPFFS_DIR/VERSION/pods/UID/sk_lookup   attachment to a pod's network namespace
     BPFFS_DIR/VERSION/progs/enrol          the tc program of redirection; missing where redirection is off

@@ -257,7 +257,8 @@ class Maps:
 
     @property
     def settings(self) -> v.SettingsValue | None:
-        """None until the agent wrote them: then programs capture and hold everything unknown for captured."""
+        """The agent's. Before it wrote them only what the loader found: then programs capture everything unknown.
+        None: this layout drains."""
         return self._settings.get(0)
 
     @settings.setter

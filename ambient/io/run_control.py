@@ -1,6 +1,6 @@
 """`ambient control`: watches the Kubernetes API, keeps the World, serves discovery and certificates.
 
-    reflectors -> Reconciler -> World -> discovery server     (every change, at most 20 ms later)
+    reflectors -> Reconciler -> World -> discovery server     (`DEBOUNCE_S` after a change; later while there are many)
                              -> Writer: statuses, the trust bundle in every namespace
 
 Without the API server the last World serves, certificates included; without a complete World nobody is told

@@ -1,7 +1,8 @@
 """CNI requests: what ADD, DEL, CHECK and GC of a pod's sandbox do to its membership.
 
 ADD of a pod of the mesh answers when the pod is enrolled, or fails with the reason, so that no container of it
-ever runs uncaptured. DEL answers when nothing of the pod is left, so its address can be given to another one.
+ever runs uncaptured; a pod that by its nature cannot be in the mesh starts outside it, with the reason on it. DEL
+answers when nothing of the pod is left, so its address can be given to another one.
 """
 
 from __future__ import annotations

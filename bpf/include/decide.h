@@ -264,7 +264,7 @@ struct redirection {
 	__u8 native_gone;       /* native_is_gone(); of FLOW_REDIRECT: no native byte was written since it was */
 	__u8 receiver_ready;    /* its descriptor exists and is O_NONBLOCK */
 	__u8 pressed;           /* memory might be refused */
-	__u8 edge;              /* somebody waits for the receiver edge-triggered */
+	__u8 edge;              /* somebody may take a short read of the receiver for more than it says */
 	__u8 pad[4];
 };
 

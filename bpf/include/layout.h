@@ -54,7 +54,7 @@ enum reason {
 	REASON_LOOPBACK = 5,            /* destination is loopback: left alone */
 	REASON_RECURSION = 6,           /* connect to a mesh port refused */
 	REASON_NO_PENDING = 7,          /* no room for the socket's record: refused */
-	REASON_REDIRECTS_FULL = 8,      /* redirects full: refused */
+	REASON_REDIRECTS_FULL = 8,      /* redirects full: no record, so ztunnel closes it */
 	REASON_SHARE_EXCEEDED = 9,      /* workload is beyond its share of per-flow entries: refused */
 	REASON_AUTHORIZED = 10,         /* inbound: let through by an authorized entry */
 	REASON_PROBE = 11,              /* inbound: kubelet probe */
@@ -81,7 +81,7 @@ enum reason {
 	REASON_REDIRECT_BLOCKING = 32,  /* receiver turned blocking: its flow stays native */
 	REASON_REDIRECT_HIGH = 33,      /* receiver holds enough: the direction went native */
 	REASON_REDIRECT_PRESSED = 34,   /* memory may be short: the message went native, instead of ENOMEM for its sender */
-	REASON_REDIRECT_ZEROCOPY = 35,  /* sender uses SO_ZEROCOPY: not put into the sockhash */
+	REASON_REDIRECT_ZEROCOPY = 35,  /* a socket uses SO_ZEROCOPY: not put into the sockhash */
 	REASON_REDIRECT_OPTION = 36,    /* TCP_ULP or SO_ZEROCOPY on a socket of the sockhash refused */
 	REASON_REDIRECT_EDGE = 37,      /* somebody waits edge-triggered or for RDHUP: not put into the sockhash, or native */
 	REASON_FOREIGN_SOURCE = 38,     /* same node, but the source address is not the pod's: not authorized, steered */
@@ -123,9 +123,9 @@ enum listener_kind {
 #define ACCELERATION_DIRECT 1
 #define ACCELERATION_REDIRECT 2
 
-/* settings.acceleration: what the self-tests of the loader found this kernel able to do. */
+/* settings.acceleration: what the self-tests of the loader found this kernel able to do; CROWDED is the agent's. */
 #define CAN_REDIRECT 1          /* redirected bytes are charged, kTLS is refused: `redirect` is honoured */
-#define AUTO_REDIRECT 2         /* splice reads redirected bytes in order: `auto` means `redirect` */
+#define AUTO_REDIRECT 2         /* splice() and FIONREAD see all bytes there are: `auto` means `redirect` */
 #define DRAINING 4              /* a newer layout is at work: native only, nothing enters `sockets` */
 #define NO_OFFSETS 8            /* why not CAN_REDIRECT: the kernel's BTF is missing or lacks a field */
 #define NO_CHARGE 16            /* ... redirected bytes are not charged to the receiver */
@@ -153,7 +153,7 @@ struct enrolled_value {
 	struct address address6;    /* the same for IPv6; :: if none */
 	__u32 workload;
 	__u32 flows_max;            /* this workload's share of per-flow entries */
-	__u32 flows;                /* captured connections alive; written by programs */
+	__u32 flows;                /* connections alive, captured or kernel-authorized; written by programs */
 	__u32 flags;
 	__u64 refused;              /* connects refused for the share; written by programs */
 	__u32 identity;             /* node-local number of the workload's identity; 0: no verdict can apply */
@@ -398,7 +398,7 @@ struct cluster_range {
 };
 _Static_assert(sizeof(struct cluster_range) == 24, "cluster_range");
 
-/* settings: one entry, key 0. Written by the agent only. */
+/* settings: one entry, key 0. Written by the loader (acceleration), then by the agent only. */
 struct settings_value {
 	__u64 generation;
 	__u64 heartbeat_ns;         /* CLOCK_MONOTONIC of the agent's last sign of life */
@@ -409,7 +409,7 @@ struct settings_value {
 	__u32 complete;             /* 1: the maps hold the whole World */
 	__u32 cluster_ranges_used;
 	__u32 heartbeat_timeout_s;  /* 0: never open on failure */
-	__u32 acceleration;         /* CAN_REDIRECT, AUTO_REDIRECT */
+	__u32 acceleration;         /* CAN_REDIRECT and the others above */
 	__u32 high_bytes;           /* above this a receiver is sent native bytes; 0: the programs' own rule */
 };
 _Static_assert(sizeof(struct settings_value) == 328, "settings_value");

@@ -13,8 +13,8 @@
 BPF_F_TABLE("hash", __u64, struct enrolled_value, enrolled, ENROLLED_MAX, BPF_F_NO_PREALLOC);
 
 /* workloads: address -> workload, for every pod of the mesh and of the cluster as far as known.
- * Written by the agent from its own subscription; local pods only in CNI ADD, DEL and un-enrol. Read by
- * connect, probe, sk_lookup. An entry dies with the address. 65,536: a cluster of 50,000 pods with both
+ * Written by the agent: from its own subscription, and of this node's pods from what it knows of them itself. Read by
+ * connect, probe, sock_ops, sk_lookup. An entry dies with the address. 65,536: a cluster of 50,000 pods with both
  * families for some; beyond that `settings.complete` stays 0 and ztunnel decides. */
 BPF_F_TABLE("hash", struct address, struct workload_value, workloads, WORKLOADS_MAX, BPF_F_NO_PREALLOC);
 
@@ -42,13 +42,13 @@ BPF_SK_STORAGE(pending, struct pending_value);
 BPF_SK_STORAGE(hashed, struct hashed_value);
 
 /* redirects: a captured connection -> what the application dialled. Written by sock_ops at TCP_CONNECT_CB under
- * the client's 4-tuple, moved by it at PASSIVE_ESTABLISHED under the cookie of ztunnel's accepted socket; taken
- * by ztunnel after accept(). Dies when taken, or with the socket it is filed under. 131,072: entries live for
- * the milliseconds until ztunnel accepts; while ztunnel restarts they pile up, FLOWS_SHARE_DEFAULT a pod. */
+ * the client's 4-tuple, moved by it at PASSIVE_ESTABLISHED under the cookie of ztunnel's accepted socket; read
+ * by ztunnel after accept(). Dies with the socket it is filed under. 131,072: captured connections alive at one
+ * time on the node, at most FLOWS_SHARE_DEFAULT a pod. */
 BPF_F_TABLE("hash", struct redirect_key, struct redirect_value, redirects, REDIRECTS_MAX, BPF_F_NO_PREALLOC);
 
 /* authorized: 4-tuple of a connection into a pod -> who let it in. Written by ztunnel for its own deliveries and
- * by sock_ops for the kubelet's probes; read by sk_lookup. Dies at PASSIVE_ESTABLISHED of the pod's socket (not
+ * by sock_ops for the kubelet's probes and for connections within the node; read by sk_lookup and sock_ops. Dies at PASSIVE_ESTABLISHED of the pod's socket (not
  * earlier: with SYN cookies the listener is looked up once more) or at the close of the connecting one.
  * 65,536: connections being set up at one time. */
 BPF_F_TABLE("hash", struct tuple_key, struct authorized_value, authorized, AUTHORIZED_MAX, BPF_F_NO_PREALLOC);
@@ -58,8 +58,9 @@ BPF_F_TABLE("hash", struct tuple_key, struct authorized_value, authorized, AUTHO
  * 65,536: inbound connections alive at one time on the node. */
 BPF_F_TABLE("hash", struct tuple_key, struct origin_value, origins, ORIGINS_MAX, BPF_F_NO_PREALLOC);
 
-/* flows: connection authorized in the kernel, seen from the server -> both its ends. Written by sock_ops at
- * TCP_CONNECT_CB (and by whatever moves its bytes); read by telemetry and the agent. Dies when the last of its sockets
+/* flows: connection authorized in the kernel, seen from the server -> both its ends. Written by sock_ops from
+ * TCP_CONNECT_CB on, by enrol and sk_msg, and by the agent, which takes over those of an older layout; read by telemetry
+ * and the agent. Dies when the last of its sockets
  * closed and it was reported through `events`, or taken by the reader if that was full. 65,536: flows alive at one time
  * on the node. */
 BPF_F_TABLE("hash", struct tuple_key, struct flow_value, flows, FLOWS_MAX, BPF_F_NO_PREALLOC);
@@ -73,7 +74,8 @@ BPF_RINGBUF_OUTPUT(events, 128);
 BPF_TABLE("percpu_array", __u32, __u64, counters, COUNTERS_MAX);
 
 /* settings: 0 -> what the agent tells the programs. One entry of a hash and not of an array, so that a write
- * replaces it whole and no program reads half of two. Missing until the agent wrote it: programs then capture. */
+ * replaces it whole and no program reads half of two. First the loader leaves there what the kernel can do. Incomplete
+ * until the agent wrote it, and missing in a layout that drains: programs then capture, and redirect nothing. */
 BPF_F_TABLE("hash", __u32, struct settings_value, settings, SETTINGS_MAX, BPF_F_NO_PREALLOC);
 
 /* listeners: pod address and kind -> ztunnel's listening socket. Written by the agent, read by sk_lookup.
@@ -91,8 +93,9 @@ struct listeners_table_t {
 __attribute__((section("maps/sockhash"))) struct listeners_table_t listeners = {.max_entries = LISTENERS_MAX};
 BPF_ANNOTATE_KV_PAIR(listeners, struct listener_key, __u64);
 
-/* sockets: 4-tuple as the socket itself sees it -> a socket whose bytes may be moved by redirection. Written by programs;
- * the kernel removes a socket when it is closed. 65,536: one for each flow there can be, if one end of each qualifies. */
+/* sockets: 4-tuple as the socket itself sees it -> a socket whose bytes may be moved by redirection. Written by
+ * enrol, both ends of a flow or none; the agent takes out what turned blocking, and the kernel what is closed. 65,536: half
+ * of the flows there can be. */
 struct sockets_table_t {
 	struct tuple_key key;
 	__u64 leaf;

@@ -1,8 +1,8 @@
 """What ztunnel's workers and its control process say to each other.
 
 One unix stream per worker; each message is a 4-byte big-endian length and a msgpack tagged struct. Only the
-control process holds the World, keys and metrics. A worker asks on a miss and caches the answer; the control
-process remembers what it answered, decides again whenever the World changes, and pushes what changed. A
+control process holds the World and metrics, and asks for certificates. A worker asks on a miss and caches the answer;
+the control process remembers what it answered, decides again whenever the World changes, and pushes what changed. A
 worker that is told of a changed `Verdict` closes the connections that lost their right.
 
 Addresses are text in canonical form, ports are ints in host order; identities are SPIFFE IDs.

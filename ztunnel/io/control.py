@@ -1,7 +1,7 @@
 """The control process: the World, keys, metrics, DNS and the admin endpoint; it answers the workers' questions.
 
 Forked last by the parent (`ztunnel.io.run`), so that grpc is only ever imported here. It takes pods and the
-workers' streams from the parent, and ends when the parent does.
+workers' streams from the parent. When the parent dies alone it serves on as long as the workers do (`_outlive_parent`).
 """
 
 from __future__ import annotations

@@ -3,8 +3,8 @@
 Both reporters are this node's, because both ends are. A flow is known when it closes, by the ring buffer, and while it
 lives by a look each `PROGRESS_S`, which gives long ones their bytes. Counted exactly once while this process lives: the
 kernel keeps what nobody read. Across a restart the bytes already told are in `kernel_flows.json` of the run directory;
-lost is what was told after it was last written (`PROGRESS_S` of one flow's bytes may count twice). A record stays in
-the kernel until it was told of, so a kill in between repeats lines of the log. One process reads at a time; the next
+what was told after it was last written, at most `PROGRESS_S` of each flow, counts twice then. A record stays in the
+kernel until it was told of, so a kill in between repeats lines of the log. One process reads at a time; the next
 waits for the lock.
 """
 
