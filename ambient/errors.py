@@ -34,5 +34,9 @@ class ConfigFault(PeerFault):
         self.rule = rule
 
 
+class Misuse(ConfigFault):
+    """The command line was given what it cannot mean: exit code 2, as for an unknown option."""
+
+
 class LayoutMismatch(PlatformFault):
     """Pinned maps of another layout version; nothing may read or write them."""

@@ -124,4 +124,4 @@ def read_settings(kind: type[_Settings], text: str, where: str) -> _Settings:
     try:
         return msgspec.convert(yaml.safe_load(text) or {}, kind)
     except (msgspec.ValidationError, yaml.YAMLError) as error:
-        raise ConfigFault(where, text[:80], str(error)) from None
+        raise ConfigFault(where, "YAML", " ".join(str(error).split())) from None  # the text may be somebody's secret

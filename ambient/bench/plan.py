@@ -10,7 +10,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Final
 
-from ambient.errors import ConfigFault
+from ambient.errors import Misuse
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,7 +102,7 @@ def select(only: Iterable[str], quick: bool = False) -> Selection:
     names = set(only)
     known = {p.name for p in PATHS} | {w.name for w in WORKS} | {MEMORY}
     if unknown := sorted(names - known):
-        raise ConfigFault("--only", unknown[0], f"is none of {', '.join(sorted(known))}")
+        raise Misuse("--only", unknown[0], f"is none of {', '.join(sorted(known))}")
     paths = [p for p in PATHS if p.name in names] or list(PATHS)
     bases = {p.base for p in paths}
     chosen = tuple(p for p in PATHS if p in paths or p.name in bases)

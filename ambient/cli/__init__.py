@@ -1,18 +1,21 @@
 """The command line. Nouns look, verbs change; tables for people, ``-o json|yaml`` for programs.
 
-Data goes to stdout, talk to stderr. Exit codes: 0 done or yes, 1 no or failed, 2 misuse. A sub-command's
+Data goes to stdout, talk to stderr. Exit codes: 0 done or yes, 1 no or failed, 2 misuse; `why` and `diff`, whose 1
+is an answer, exit with 2 also when there is none, because a node did not say. A sub-command's
 module is imported only when it is called, so that `ambient --help` stays fast and needs neither root nor bcc.
 """
 
 from __future__ import annotations
 
+import errno
 import importlib
+import os
 import sys
 from typing import Any
 
 import click
 
-from ambient.errors import AmbientError
+from ambient.errors import AmbientError, Misuse
 
 _COMMANDS: dict[str, tuple[str, str]] = {
     # name: (module:object, one line for the overview)
@@ -60,10 +63,28 @@ class _Lazy(click.Group):
             return super().invoke(ctx)
         except AmbientError as error:
             click.echo(f"ambient: {error}", err=True)
+            sys.exit(2 if isinstance(error, Misuse) or ctx.invoked_subcommand in _ANSWERS else 1)
+        except OSError as error:
+            if error.errno == errno.EPIPE:
+                raise
+            click.echo(f"ambient: {error}", err=True)
+            _forget_output()
             sys.exit(1)
 
 
+_ANSWERS = ("why", "diff")
+"""Commands whose exit code 1 is an answer: that there is none has another."""
+
+
+def _forget_output() -> None:
+    """What could not be written is not tried again at exit."""
+    if sys.stdout is not None:
+        with open(os.devnull, "wb") as nowhere:
+            os.dup2(nowhere.fileno(), sys.stdout.fileno())
+
+
 @click.group(cls=_Lazy, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
+@click.version_option(package_name="ambient", prog_name="ambient")
 def cli() -> None:
     """ambient: a service mesh without sidecars. Label a namespace and its pods have identity, mTLS and policy.
 

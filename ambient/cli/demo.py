@@ -7,10 +7,12 @@ as said ends it with exit code 1; the lab is removed in any case, unless ``--kee
 
 from __future__ import annotations
 
+import os
 import sys
 
 import click
 
+from ambient.errors import ConfigFault
 from ambient.lab.demo import Demo, StepFailed
 
 
@@ -24,6 +26,8 @@ def demo(keep: bool, name: str) -> None:
     Example:
       ambient demo
     """
+    if os.geteuid() != 0:
+        raise ConfigFault("user", os.geteuid(), "the demo makes a lab: run as root")
     run = Demo(name)
     try:
         run.all()

@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 
 import click
 
-from ambient.errors import ConfigFault
+from ambient.errors import Misuse
 
 _F = TypeVar("_F", bound=Callable[..., Any])
 Row = dict[str, Any]
@@ -30,6 +30,11 @@ class Filter:
     def __bool__(self) -> bool:
         return any((self.namespace, self.pod, self.service))
 
+    def __str__(self) -> str:
+        """As it was given."""
+        given = ("--namespace", self.namespace), ("--pod", self.pod), ("--service", self.service)
+        return " ".join(f"{option} {value}" for option, value in given if value)
+
     def matches(self, row: Mapping[str, Any]) -> bool:
         names = [str(row[c]) for c in dict.fromkeys(WORKLOADS + SERVICES) if row.get(c)]
         pods = [str(row[c]) for c in WORKLOADS if row.get(c)]
@@ -41,11 +46,11 @@ class Filter:
         )
 
     def apply(self, rows: Sequence[Row], what: str = "") -> list[Row]:
-        """The rows that match. Raises ConfigFault if ``what`` has no names to go by."""
+        """The rows that match. Raises Misuse if ``what`` has no names to go by."""
         if not self:
             return list(rows)
         if rows and not any(column in row for row in rows for column in WORKLOADS + SERVICES):
-            raise ConfigFault("filter", what, "holds no names of pods or services: leave the filter out")
+            raise Misuse("filter", what, "holds no names of pods or services: leave the filter out")
         return [row for row in rows if self.matches(row)]
 
 

@@ -6,6 +6,7 @@ pods' sockets. A connection through two ztunnels is seen twice, once by each: as
 
 from __future__ import annotations
 
+import sys
 import time
 from contextlib import ExitStack
 from pathlib import Path
@@ -18,10 +19,9 @@ from ambient.cli.maps import read_names
 from ambient.cli.output import emit, output_option
 from ambient.cli.plain import Looker
 from ambient.cli.pods import namespaces
-from ambient.cli.target import Target, find_nodes, target_options
+from ambient.cli.target import Target, find_nodes, from_each, target_options
 from ambient.cli.watch import Rates, show, ticks, watch_options
 from ambient.datapath import render
-from ambient.errors import PlatformFault
 from ambient.io.admin_client import ask_json
 from ambient.io.bpf_maps import Maps
 from ambient.io.flow_reader import FlowReader
@@ -32,6 +32,7 @@ PATHS = ("redirect", "direct", "ztunnel", "plain")
 _COLUMNS = (
     "node",
     "path",
+    "direction",
     "source",
     "destination",
     "client",
@@ -64,6 +65,9 @@ def ztunnel_row(found: Row) -> Row:
         "policy": found["policy"],
         "direction": found["direction"].lower(),
         "protocol": found["protocol"].lower(),
+        "state": "open",
+        "acceleration": "",
+        "reason": "",
     }
 
 
@@ -74,7 +78,7 @@ def service_name(host: str) -> str:
     return f"{namespace}/{name}" if separator and "." not in namespace else host
 
 
-def kernel_row(row: Row, sent: int, received: int) -> Row:
+def kernel_row(row: Row, sent: int, received: int, service: str = "") -> Row:
     """A row of the map `flows` as one of all connections; bytes as the client's socket has them, -1 if unknown."""
     redirected = row["sent_redirected"] + row["received_redirected"]
     return {
@@ -84,7 +88,7 @@ def kernel_row(row: Row, sent: int, received: int) -> Row:
         "client": row["client"],
         "server": row["server"],
         "original": row["original"],
-        "service": "",
+        "service": service,
         "sent": sent if sent >= 0 else None,
         "received": received if received >= 0 else None,
         "redirected": redirected,
@@ -95,6 +99,7 @@ def kernel_row(row: Row, sent: int, received: int) -> Row:
         "protocol": "tcp",
         "state": row["state"],
         "acceleration": row["acceleration"],
+        "reason": "",
     }
 
 
@@ -109,7 +114,9 @@ def kernel_flows(node: NodeSettings, path: str | None = None) -> list[Row]:
             now_ns = time.monotonic_ns()
             for flow in FlowReader(maps).live(spaces.get):
                 (row,) = render.flows([(flow.key, flow.value)], names, now_ns)
-                rows.append(kernel_row(row, flow.sent, flow.received))
+                dialled = names.at(flow.value.original)
+                service = dialled if dialled in names.services.values() else ""
+                rows.append(kernel_row(row, flow.sent, flow.received, service))
         if path in (None, "plain"):
             looker = Looker(maps, names, spaces)
             rows += looker.rows()
@@ -118,19 +125,28 @@ def kernel_flows(node: NodeSettings, path: str | None = None) -> list[Row]:
         return rows
 
 
-def look(nodes: tuple[NodeSettings, ...], only: Filter, path: str | None) -> list[Row]:
-    """Every row of every node. A ztunnel that does not answer is said on stderr; the kernel's flows are shown."""
-    rows: list[Row] = []
-    for node in nodes:
-        found: list[Row] = kernel_flows(node, path) if path != "ztunnel" else []
-        if path in (None, "ztunnel"):
-            try:
-                answer = ask_json(Path(node.run_dir) / "ztunnel.sock", "/connections")
-                found += [ztunnel_row(row) for row in answer["connections"]]
-            except PlatformFault as fault:
-                click.echo(f"ambient: {fault}", err=True)
-        rows += [{"node": node.node_name, **row} for row in only.apply(found, "flows") if path in (None, row["path"])]
-    return sorted(rows, key=lambda row: (row["node"], PATHS.index(row["path"]), row["age_s"] or 0, row["client"]))
+def look(nodes: tuple[NodeSettings, ...], only: Filter, path: str | None) -> tuple[list[Row], bool]:
+    """Every row of every node, and whether all could be looked at. What does not answer is said on stderr: without a
+    ztunnel the kernel's flows are shown, and the other way round."""
+    parts: list[tuple[str, list[Row]]] = []
+    complete = True
+    if path != "ztunnel":
+        found, complete = from_each(nodes, lambda node: kernel_flows(node, path))
+        parts += found
+    if path in (None, "ztunnel"):
+        answers, all_answered = from_each(
+            nodes, lambda node: ask_json(Path(node.run_dir) / "ztunnel.sock", "/connections")["connections"]
+        )
+        parts += [(node, [ztunnel_row(row) for row in answer]) for node, answer in answers]
+        complete = complete and all_answered
+    rows = [
+        {"node": node, **row}
+        for node, found in parts
+        for row in only.apply(found, "flows")
+        if path in (None, row["path"])
+    ]
+    rows.sort(key=lambda row: (row["node"], PATHS.index(row["path"]), row["age_s"] or 0, row["client"]))
+    return rows, complete
 
 
 def with_rates(rates: Rates, now: float, rows: list[Row]) -> list[Row]:
@@ -173,8 +189,9 @@ def flows(
     """
     nodes = find_nodes(target)
     if not watch:
-        emit(look(nodes, only, path), output, _COLUMNS, empty="no connection is open")
-        return
+        rows, complete = look(nodes, only, path)
+        emit(rows, output, _COLUMNS, empty=f"no connection matches {only}" if only else "no connection is open")
+        sys.exit(0 if complete else 1)
     rates = Rates()
     for now in ticks(interval, count):
-        show(with_rates(rates, now, look(nodes, only, path)), output, (*_COLUMNS, "bytes_per_s"))
+        show(with_rates(rates, now, look(nodes, only, path)[0]), output, (*_COLUMNS, "bytes_per_s"))

@@ -17,7 +17,7 @@ from ambient.cli.target import Target, find_nodes, target_options
 from ambient.cli.watch import Rates, show, ticks, watch_options
 from ambient.datapath import render
 from ambient.datapath.describe import MAP_PURPOSE
-from ambient.errors import ConfigFault
+from ambient.errors import Misuse
 from ambient.io import cgroup
 from ambient.io.bpf_maps import SPEC, Maps
 from ambient.settings import NodeSettings
@@ -196,6 +196,16 @@ def _rows_of(nodes: tuple[NodeSettings, ...], name: str, only: Filter) -> list[R
     return rows
 
 
+def _refuse_nonsense(name: str | None, raw: bool, only: Filter, watch: bool) -> None:
+    """Raises Misuse for words that cannot be meant together."""
+    if name is not None and name not in _ROWS:
+        raise Misuse("map", name, _NOT_LISTABLE.get(name, f"is none of {', '.join(_ROWS)}"))
+    if raw and (watch or only or name in (None, "counters", "settings")):
+        raise Misuse("--raw", name or "maps", "shows all entries of a map that has keys, once, and knows no names")
+    if only and name is None:
+        raise Misuse("filter", "maps", "name a map to see rows of: ambient maps workloads --pod NAME")
+
+
 @click.command()
 @click.argument("name", required=False)
 @click.option("--raw", is_flag=True, help="Keys and values as hexadecimal bytes.")
@@ -222,27 +232,18 @@ def maps(
       ambient maps workloads --namespace shop -o json
       ambient maps counters --watch
     """
+    _refuse_nonsense(name, raw, only, watch)
     nodes = find_nodes(target)
+    if name is None and watch:
+        watch_maps(nodes, interval, count, output)
+        return
     if name is None:
-        if only:
-            raise ConfigFault("filter", "maps", "name a map to see rows of: ambient maps workloads --pod NAME")
-        if watch:
-            watch_maps(nodes, interval, count, output)
-            return
         emit([row for node in nodes for row in overview(node)], output, ("node", "name", "entries", "limit", "what"))
         return
-    if name not in _ROWS:
-        rule = _NOT_LISTABLE.get(name, f"is none of {', '.join(_ROWS)}")
-        raise ConfigFault("map", name, rule)
     if watch:
         watch_rows(nodes, name, only, interval, count, output)
         return
-    if raw and name not in ("counters", "settings"):
-        if only:
-            raise ConfigFault("filter", name, "bytes have no names: leave --raw out")
-        rows = [row for node in nodes for row in raw_rows(node, name)]
-    else:
-        rows = _rows_of(nodes, name, only)
+    rows = [row for node in nodes for row in raw_rows(node, name)] if raw else _rows_of(nodes, name, only)
     hidden = _NOT_IN_TABLE.get(name, ())
     columns = [column for column in (rows[0] if rows else ()) if column not in hidden]
-    emit(rows, output, columns, empty=f"{name} is empty")
+    emit(rows, output, columns, empty=f"no entry of {name} matches {only}" if only else f"{name} is empty")

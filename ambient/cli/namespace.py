@@ -127,7 +127,7 @@ def _change(name: str, enrol: bool, kubeconfig: str | None, lab: str | None, wai
     else:
         click.echo(f"namespace/{name}: {done} of {wanted} pods {word} in {seconds:.2f} s")
     if done < wanted:
-        click.echo(f"the others say why: kubectl describe pods -n {name}, or ambient workloads", err=True)
+        click.echo(f"the others say why: ambient status, or kubectl describe pods -n {name}", err=True)
         sys.exit(1)
 
 

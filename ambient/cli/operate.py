@@ -11,13 +11,17 @@ from urllib.parse import urlencode
 import click
 
 from ambient.cli.output import emit, output_option
-from ambient.cli.target import Target, find_nodes, target_options
+from ambient.cli.target import Target, find_nodes, from_each, target_options
 from ambient.datapath.drift import differing
-from ambient.errors import PlatformFault
+from ambient.errors import Misuse
 from ambient.io.admin_client import ask
 from ambient.settings import NodeSettings
 
 Row = dict[str, Any]
+COMPARED = (
+    "settings", "enrolled", "workloads", "services", "endpoints", "verdicts", "flows", "listeners", "sk_lookup"
+)  # fmt: skip
+"""What agents compare: maps that they alone write, flows that are let in by them, and sk_lookup in each pod."""
 _namespace = click.option("-n", "--namespace", default="", help="Only pods of this namespace, not the whole node.")
 
 
@@ -41,16 +45,11 @@ def bypass() -> None:
 
 
 def _switch(on: bool, namespace: str, target: Target, output: str) -> None:
-    rows, failed = [], False
     query = urlencode({"on": int(on), "namespace": namespace})
-    for node in find_nodes(target):
-        try:
-            rows.append(bypass_row(node.node_name, _agent(node, "POST", f"/bypass?{query}")))
-        except PlatformFault as fault:
-            click.echo(f"ambient: {node.node_name}: {fault}", err=True)
-            failed = True
-    emit(rows, output, _COLUMNS)
-    sys.exit(1 if failed or not all(row["applied"] for row in rows) else 0)
+    found, complete = from_each(find_nodes(target), lambda node: _agent(node, "POST", f"/bypass?{query}"))
+    rows = [bypass_row(node, said) for node, said in found]
+    emit(rows, output, _COLUMNS, empty="nothing was changed")
+    sys.exit(0 if complete and all(row["applied"] for row in rows) else 1)
 
 
 _COLUMNS = ("node", "mode", "namespaces", "pods", "applied")
@@ -107,17 +106,19 @@ def bypass_status(target: Target, output: str) -> None:
     Example:
       ambient bypass status -o json
     """
-    rows = [bypass_row(node.node_name, _agent(node, "GET", "/bypass")) for node in find_nodes(target)]
-    emit(rows, output, _COLUMNS)
+    found, complete = from_each(find_nodes(target), lambda node: _agent(node, "GET", "/bypass"))
+    emit([bypass_row(node, said) for node, said in found], output, _COLUMNS, empty="no agent answered")
+    sys.exit(0 if complete else 1)
 
 
 @click.command()
 @click.option("--repair", is_flag=True, help="Ask the agents to write what differs, then look again.")
-@click.option("--map", "only", help="Only this map.")
+@click.option("--map", "only", type=click.Choice(COMPARED), metavar="NAME", help="Only this map.")
 @target_options
 @output_option
 def diff(repair: bool, only: str | None, target: Target, output: str) -> None:
-    """Compare what the kernel holds with what it should hold. Exit code 1 if anything differs (or still does).
+    """Compare what the kernel holds with what it should hold. Exit code 1 if anything differs (or still does), 2 if an
+    agent does not answer.
 
     The agents compute every entry anew from what the control plane told and from their own pods, and read the maps
     themselves. Pods that are just joining or leaving are left out. With --repair, ``left`` is what remains.
@@ -128,23 +129,28 @@ def diff(repair: bool, only: str | None, target: Target, output: str) -> None:
       ambient diff --repair --node node1
       ambient diff --map workloads -o json
     """
+    if repair and only:
+        raise Misuse("--map", only, "agents repair whatever differs: look at one map, or repair without --map")
     rows: list[Row] = []
     left = 0
-    for node in find_nodes(target):
-        found = _agent(node, "POST", "/repair") if repair else _agent(node, "GET", "/diff")
+    answers, complete = from_each(
+        find_nodes(target),
+        lambda node: _agent(node, "POST", "/repair") if repair else _agent(node, "GET", "/diff"),
+    )
+    for name_of_node, found in answers:
         remaining = {(r["map"], r["key"]) for r in found.get("left", found["drift"])}
         left += sum(only is None or name == only for name, _ in remaining)
         for row in found["drift"]:
             if only is None or row["map"] == only:
                 repaired = repair and (row["map"], row["key"]) not in remaining
-                rows.append({"node": node.node_name, **row, "repaired": repaired})
-    if output == "table":
+                rows.append({"node": name_of_node, **row, "repaired": repaired})
+    if output == "table" and (rows or complete):
         shown = []
         for row in rows:
             wanted, actual = differing(row)
             shown.append({**row, "wanted": wanted, "actual": actual})
         columns = ("node", "map", "key", "name", "drift", "wanted", "actual", *(("repaired",) if repair else ()))
         emit(shown, output, columns, empty="the kernel holds what it should")
-    else:
+    elif output != "table":
         emit(rows, output, ())
-    sys.exit(1 if left else 0)
+    sys.exit((1 if left else 0) if complete else 2)

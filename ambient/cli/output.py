@@ -55,6 +55,8 @@ def age_text(seconds: float) -> str:
 def _heading(column: str) -> str:
     if column == "age_s":
         return "AGE"
+    if column == "per_s":
+        return "PER SECOND"
     text = f"{column.removesuffix('_per_s')}/s" if column.endswith("_per_s") else column
     return text.replace("_", " ").upper()
 
@@ -72,7 +74,7 @@ def table(rows: Sequence[Row], columns: Sequence[str], width: int | None = None)
     for row in rows:
         grid.add_row(*(_cell_of(row, column) for column in columns))
     out = io.StringIO()
-    Console(file=out, width=width or 400, color_system=None, highlight=False, markup=False).print(grid)
+    Console(file=out, width=width or 400, color_system=None, highlight=False, markup=False, emoji=False).print(grid)
     return "\n".join(line.rstrip() for line in out.getvalue().splitlines())
 
 
@@ -88,4 +90,5 @@ def emit(rows: Sequence[Row], output: str, columns: Sequence[str], empty: str = 
         click.echo(table(rows, columns))
     else:
         click.echo(empty, err=True)
-    sys.stdout.flush()
+    if sys.stdout is not None:
+        sys.stdout.flush()

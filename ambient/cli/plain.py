@@ -66,7 +66,7 @@ def plain_row(pod: Pod, found: TcpSocket, names: Names, reason: str) -> Row:
         "client": theirs if accepted else ours,
         "server": ours if accepted else theirs,
         "original": ours if accepted else theirs,
-        "service": "",
+        "service": other if other in names.services.values() else "",
         "sent": into if accepted else out,
         "received": out if accepted else into,
         "redirected": 0,
@@ -76,6 +76,7 @@ def plain_row(pod: Pod, found: TcpSocket, names: Names, reason: str) -> Row:
         "direction": "inbound" if accepted else "outbound",
         "protocol": "tcp",
         "state": _STATES.get(found.state, "closing"),
+        "acceleration": "",
         "reason": reason,
     }
 

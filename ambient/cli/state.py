@@ -13,13 +13,14 @@ from typing import Any
 import click
 
 from ambient.cli.output import emit, output_option
-from ambient.cli.target import Target, find_nodes, target_options
+from ambient.cli.target import Target, find_nodes, from_each, target_options
 from ambient.errors import PlatformFault
 from ambient.io.admin_client import ask, ask_json
 from ambient.settings import NodeSettings
 
 Row = dict[str, Any]
 
+LEVELS = ("trace", "debug", "info", "warn", "warning", "error", "off")
 _namespace = click.option("-n", "--namespace", help="Only this namespace.")
 
 
@@ -140,12 +141,11 @@ def certificates(target: Target, output: str) -> None:
     Example:
       ambient certificates --node node1
     """
-    rows: list[Row] = []
-    for node in find_nodes(target):
-        for found in ask_json(_socket(node), "/certificates"):
-            rows += certificate_rows(node.node_name, found)
+    found, complete = from_each(find_nodes(target), lambda node: ask_json(_socket(node), "/certificates"))
+    rows = [row for node, held in found for one in held for row in certificate_rows(node, one)]
     columns = ("certificate_name", "type", "status", "valid_cert", "serial_number", "not_after", "not_before")
-    emit(rows, output, ("node", *columns))
+    emit(rows, output, ("node", *columns), empty="no certificate is held")
+    sys.exit(0 if complete else 1)
 
 
 def certificate_rows(node: str, found: dict[str, Any]) -> list[Row]:
@@ -179,17 +179,25 @@ def connections(direction: str | None, target: Target, output: str) -> None:
     Example:
       ambient connections --direction outbound
     """
-    rows: list[Row] = []
-    for node in find_nodes(target):
-        for c in ask_json(_socket(node), "/connections")["connections"]:
-            if direction is None or c["direction"].lower() == direction:
-                rows.append({"node": node.node_name, "remote_target": c.pop("remoteTarget"), **c})
+    found, complete = from_each(find_nodes(target), lambda node: ask_json(_socket(node), "/connections"))
+    rows = [
+        {"node": node, **{_snake(name): value for name, value in c.items()}}
+        for node, held in found
+        for c in held["connections"]
+        if direction is None or c["direction"].lower() == direction
+    ]
     columns = ("node", "workload", "direction", "local", "remote", "remote_target", "protocol")
     emit(rows, output, columns, empty="no connection is open")
+    sys.exit(0 if complete else 1)
+
+
+def _snake(name: str) -> str:
+    """``remoteTarget`` -> ``remote_target``: fields are spelled alike in all commands."""
+    return "".join(f"_{c.lower()}" if c.isupper() else c for c in name)
 
 
 @click.command()
-@click.option("--level", help="Set this level: error, warning, info or debug.")
+@click.option("--level", type=click.Choice(LEVELS), help="Set this level.")
 @target_options
 @output_option
 def log(level: str | None, target: Target, output: str) -> None:
@@ -200,13 +208,10 @@ def log(level: str | None, target: Target, output: str) -> None:
       ambient log
       ambient log --level debug --node node1
     """
-    rows, failed = [], False
-    for node in find_nodes(target):
-        try:
-            said = ask(_socket(node), f"/logging?level={level}", "POST") if level else ask(_socket(node), "/logging")
-            rows.append({"node": node.node_name, "level": said.strip().rpartition(" ")[2]})
-        except PlatformFault as fault:
-            click.echo(f"ambient: {fault}", err=True)
-            failed = True
-    emit(rows, output, ("node", "level"))
-    sys.exit(1 if failed else 0)
+    said, complete = from_each(
+        find_nodes(target),
+        lambda node: ask(_socket(node), f"/logging?level={level}", "POST") if level else ask(_socket(node), "/logging"),
+    )
+    rows = [{"node": node, "level": text.strip().rpartition(" ")[2]} for node, text in said]
+    emit(rows, output, ("node", "level"), empty="no ztunnel answered")
+    sys.exit(0 if complete else 1)

@@ -7,20 +7,21 @@ A node is known by its NodeSettings file. Without ``--config`` the order is: the
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
 import click
 
-from ambient.errors import ConfigFault, PlatformFault
+from ambient.errors import AmbientError, Misuse, PlatformFault
 from ambient.settings import NodeSettings, read_settings
 
 NODE_CONFIG = Path("/etc/ambient/node.yaml")
 LABS = Path("/run/ambient-lab")
 
 _F = TypeVar("_F", bound=Callable[..., Any])
+_T = TypeVar("_T")
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,13 +51,13 @@ def target_options(function: _F) -> _F:
 
 
 def find_nodes(target: Target, labs: Path = LABS, own: Path = NODE_CONFIG) -> tuple[NodeSettings, ...]:
-    """The settings of the nodes asked for, by name. Raises PlatformFault or ConfigFault saying what to give."""
+    """The settings of the nodes asked for, by name. Raises PlatformFault or Misuse saying what to give."""
     nodes = [_read(path) for path in _files(target, labs, own)]
     if target.node is not None:
         found = tuple(node for node in nodes if node.node_name == target.node)
         if not found:
             names = ", ".join(node.node_name for node in nodes)
-            raise ConfigFault("--node", target.node, f"is not one of {names}")
+            raise Misuse("--node", target.node, f"is not one of {names}")
         return found
     return tuple(nodes)
 
@@ -66,12 +67,12 @@ def find_lab(name: str | None, labs: Path = LABS) -> str:
     running = sorted(path.name for path in labs.glob("*") if path.is_dir())
     if name is not None:
         if name not in running:
-            raise ConfigFault("--lab", name, f"no such lab runs here; running: {', '.join(running) or 'none'}")
+            raise Misuse("--lab", name, f"no such lab runs here; running: {', '.join(running) or 'none'}")
         return name
     if not running:
         raise PlatformFault("no lab runs here: start one with `ambient lab up -f FILE`")
     if len(running) > 1:
-        raise ConfigFault("--lab", "", f"several labs run here, name one of {', '.join(running)}")
+        raise Misuse("--lab", "", f"several labs run here, name one of {', '.join(running)}")
     return running[0]
 
 
@@ -92,6 +93,20 @@ def _files(target: Target, labs: Path, own: Path) -> list[Path]:
 def _read(path: Path) -> NodeSettings:
     try:
         text = path.read_text()
-    except OSError as error:
-        raise PlatformFault(f"{path}: {error.strerror}: run as root, or give --config FILE") from None
+    except (OSError, UnicodeDecodeError) as error:
+        said = error.strerror if isinstance(error, OSError) else "not text"
+        step = "run as root" if isinstance(error, PermissionError) else "give the settings of a node as --config FILE"
+        of = " (AMBIENT_NODE_CONFIG)" if str(path) == os.environ.get("AMBIENT_NODE_CONFIG") else ""
+        raise PlatformFault(f"{path}{of}: {said}: {step}") from None
     return read_settings(NodeSettings, text, str(path))
+
+
+def from_each(nodes: Sequence[NodeSettings], ask: Callable[[NodeSettings], _T]) -> tuple[list[tuple[str, _T]], bool]:
+    """What each node answers, by name, and whether all did; who does not is said on stderr."""
+    found: list[tuple[str, _T]] = []
+    for node in nodes:
+        try:
+            found.append((node.node_name, ask(node)))
+        except AmbientError as fault:
+            click.echo(f"ambient: {node.node_name}: {fault}", err=True)
+    return found, len(found) == len(nodes)

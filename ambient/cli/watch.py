@@ -13,21 +13,32 @@ from typing import Any, TypeVar
 import click
 
 from ambient.cli.output import cell, table
-from ambient.errors import ConfigFault
+from ambient.errors import Misuse
 
 _F = TypeVar("_F", bound=Callable[..., Any])
 Row = Mapping[str, Any]
+INTERVAL_S = 1.0
 
 
 def watch_options(function: _F) -> _F:
     """``--watch``, ``--interval`` and ``--count``."""
+
+    def wrapped(*args: Any, watch: bool, interval: float | None, count: int | None, **rest: Any) -> Any:
+        for name, value in (("--interval", interval), ("--count", count)):
+            if value is not None and not watch:
+                raise Misuse(name, value, "says how to look again and again: give --watch too")
+        return function(*args, watch=watch, interval=INTERVAL_S if interval is None else interval, count=count, **rest)
+
+    wrapped.__doc__, wrapped.__name__ = function.__doc__, function.__name__
+    wrapped.__click_params__ = getattr(function, "__click_params__", [])  # type: ignore[attr-defined]
+    seconds = click.FloatRange(0.05, 3600)
     for option in (
         click.option("--count", type=click.IntRange(1), help="With --watch: end after so many looks."),
-        click.option("--interval", default=1.0, show_default=True, type=click.FloatRange(0.05, 3600), help="Seconds."),
+        click.option("--interval", type=seconds, help=f"With --watch: seconds between looks.  [default: {INTERVAL_S}]"),
         click.option("-w", "--watch", is_flag=True, help="Look again every second; -o json prints one line per look."),
     ):
-        function = option(function)
-    return function
+        option(wrapped)
+    return wrapped  # type: ignore[return-value]
 
 
 def ticks(interval: float, count: int | None) -> Iterator[float]:
@@ -90,7 +101,7 @@ class Rates:
 def show(rows: Sequence[Row], output: str, columns: Collection[str], changes: Row | None = None) -> None:
     """One look: a time and a table for people, one line of JSON for programs. ``changes`` are rates of the whole."""
     if output == "yaml":
-        raise ConfigFault("-o", output, "--watch prints a table or, with -o json, one line per look")
+        raise Misuse("-o", output, "--watch prints a table or, with -o json, one line per look")
     if output == "json":
         click.echo(
             json.dumps(

@@ -7,7 +7,7 @@ ztunnel itself over its World; here they are only put in order and compared.
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from ambient.datapath import decide
@@ -64,6 +64,16 @@ class Kernel:
 
 
 @dataclass(frozen=True, slots=True)
+class Arrival:
+    """What plaintext meets at one address: ztunnel's word (None if no ztunnel answers), and what the node that it is on
+    holds, if that node is known here."""
+
+    endpoint: str
+    verdict: Mapping[str, Any] | None
+    there: Kernel | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class Facts:
     """``answer`` is ztunnel's /why, None if it does not answer; ``drift`` rows of /diff that touch the connection;
     ``listening`` says of destination addresses on known nodes whether their HBONE listener is in the kernel."""
@@ -73,62 +83,74 @@ class Facts:
     port: int
     kernel: Kernel
     answer: Mapping[str, Any] | None = None
-    plain: Mapping[str, Any] | None = None
-    """ztunnel's word on the same connection without an identity."""
-    there: Kernel | None = None
-    """What the destination's node holds, if that node is known here."""
+    plain: Arrival | None = None
+    """What the same connection meets without an identity."""
     drift: Sequence[Row] = ()
     listening: Mapping[str, bool] = field(default_factory=dict)
+    behind: Sequence[Arrival] | None = None
+    """The endpoints between which the cluster's own service rules choose; None: the address is of no service."""
+    deaf: Mapping[str, str] = field(default_factory=dict)
+    """Endpoints on known nodes whose pod has nobody listen on that port -> node."""
 
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """``path``: plain, direct, redirect, ztunnel, dns or refused. ``allowed`` None: it depends on the endpoint."""
+    """``path``: plain, direct, redirect, ztunnel, dns or refused. ``allowed`` None: it depends on the endpoint, or
+    (``known`` is false) on what nobody answered."""
 
     path: str
     allowed: bool | None
     detail: str
     steps: tuple[Row, ...]
+    known: bool = True
 
 
 class _Steps:
-    def __init__(self, source: Source) -> None:
-        self.node = source.node
+    def __init__(self, facts: Facts) -> None:
         self.rows: list[Row] = []
+        self._deaf = facts.deaf
 
     def add(self, step: str, where: str, result: str, why: str = "") -> None:
         self.rows.append({"step": step, "where": where, "result": result, "why": why})
 
-    def outcome(self, path: str, allowed: bool | None, detail: str) -> Outcome:
-        word = {True: "allowed", False: "refused", None: "depends on the endpoint"}[allowed]
+    def outcome(self, path: str, allowed: bool | None, detail: str, *, known: bool = True) -> Outcome:
+        for end, node in self._deaf.items() if allowed is not False else ():
+            self.add(
+                "listen", f"{node} kernel", f"{end}: nobody listens", "the mesh lets it pass and the pod refuses it"
+            )
+        word = {True: "allowed", False: "refused", None: "depends on the endpoint" if known else "unknown"}[allowed]
         self.add("path", "", path if path != "refused" else "none", f"{word}: {detail}")
-        return Outcome(path, allowed, detail, tuple(self.rows))
+        return Outcome(path, allowed, detail, tuple(self.rows), known)
 
 
 def explain(facts: Facts) -> Outcome:
     """All steps of one connection, in the order in which they happen."""
-    steps = _Steps(facts.source)
+    steps = _Steps(facts)
     source = facts.source
     said = source.state + (f" ({source.reason})" if source.reason else "")
     steps.add("source", f"{source.node} agent", f"{source.name}: {said}", source.detail)
     for row in facts.drift:
         steps.add("drift", f"{row['node']} kernel", f"{row['map']} {row['key']}: {row['drift']}", drift_text(row))
     if facts.kernel.enrolled is None:
-        steps.add("connect", f"{source.node} kernel", "not captured", "no entry in `enrolled` for the pod's namespace")
+        steps.add(
+            "connect", f"{source.node} kernel", "not captured", "the pod's network namespace is not in `enrolled`"
+        )
         return _plaintext(steps, facts)
     reason = _connect(steps, facts)
     if reason == "dns":
         return steps.outcome("dns", True, "port 53 goes to the DNS proxy of this node")
+    if reason == "loopback":
+        return steps.outcome("plain", True, f"stays within the pod: {socket_text(facts.address, facts.port)}")
     if reason in LEFT_ALONE:
         return _plaintext(steps, facts)
     if reason not in ("captured", "not_synced"):
         return steps.outcome("refused", False, f"{reason}: {_MEANING.get(reason, reason)}")
     chosen = _same_node(steps, facts) if reason == "captured" else {}
     if not chosen or "ztunnel" in chosen:
-        through = _through_ztunnel(steps, facts)
-        if not chosen or len(chosen) == 1:
-            return through
-        return through if through.allowed is False else steps.outcome("ztunnel", through.allowed, _mixed(chosen))
+        end = _through_ztunnel(steps, facts)
+        if len(chosen) > 1 and end.allowed is not False:
+            end = replace(end, detail=_mixed(chosen))
+        return steps.outcome(end.path, end.allowed, end.detail, known=end.known)
     path = min(chosen, key=("direct", "redirect").index)
     ends = ", ".join(chosen[path][:5])
     detail = f"authorized in the kernel, straight to {ends}"
@@ -158,7 +180,10 @@ def _connect(steps: _Steps, facts: Facts) -> str:
     if kernel.workload:
         known.append("workload " + (",".join(flag_names("WORKLOAD_", kernel.workload.flags)) or "without flags"))
     what = " and ".join(known) or ("unknown address inside the cluster" if out.in_cluster else "unknown address")
-    steps.add("connect", f"{facts.source.node} kernel", reason, f"{what}; {_MEANING.get(reason, '')}".strip("; "))
+    meaning = _MEANING.get(reason, "")
+    if reason == "captured" and kernel.candidates:
+        meaning = "the mesh's: straight to an endpoint on this node where it may, else to ztunnel"
+    steps.add("connect", f"{facts.source.node} kernel", reason, f"{what}; {meaning}".strip("; "))
     return reason
 
 
@@ -226,56 +251,75 @@ def _mixed(chosen: Mapping[str, Sequence[str]]) -> str:
 
 def _plaintext(steps: _Steps, facts: Facts) -> Outcome:
     """Not captured at the source: what becomes of it depends on the destination."""
-    verdict = _first(facts.plain)
     target = socket_text(facts.address, facts.port)
+    if facts.behind is None:
+        end = _arrives(steps, facts.plain or Arrival(target, None))
+        return steps.outcome(end.path, end.allowed, end.detail)
+    service = f"{target} is resolved by the cluster's own service rules"
+    if not facts.behind:
+        return steps.outcome("refused", False, f"no_endpoint: {service}, and has no healthy endpoint")
+    chosen: dict[str, list[str]] = {}
+    ends = []
+    for arrival in facts.behind:
+        ends.append(_arrives(steps, arrival))
+        chosen.setdefault(ends[-1].path, []).append(arrival.endpoint)
+    if len(chosen) == 1:
+        return steps.outcome(ends[0].path, ends[0].allowed, f"{service}; {ends[0].detail}")
+    allowed = {end.allowed for end in ends}
+    path = "ztunnel" if "ztunnel" in chosen else "plain"
+    return steps.outcome(path, allowed.pop() if len(allowed) == 1 else None, f"{service}; {_mixed(chosen)}")
+
+
+def _arrives(steps: _Steps, arrival: Arrival) -> Outcome:
+    """What becomes of plaintext at one address; without the last step."""
+    verdict, target, there = arrival.verdict, arrival.endpoint, arrival.there
     if verdict is None:
-        return steps.outcome("plain", True, f"plain TCP to {target}, as without a mesh (no ztunnel said anything)")
-    if facts.kernel.service is not None:
-        return steps.outcome("plain", True, f"plain TCP to {target}, which the cluster's own service rules resolve")
+        return Outcome("plain", True, f"plain TCP to {target}, as without a mesh (no ztunnel said anything)", ())
     if not verdict.get("enrolled"):
-        return steps.outcome("plain", True, f"plain TCP to {target}, which is not in the mesh")
-    there = facts.there
+        return Outcome("plain", True, f"plain TCP to {target}, which is not in the mesh", ())
     if there is not None and decide.inbound_bypassed(there.workload, there.settings, there.now_ns):
-        return steps.outcome("plain", True, f"plain TCP to {target}, whose capture is bypassed")
+        return Outcome("plain", True, f"plain TCP to {target}, whose capture is bypassed", ())
     _policies(steps, verdict)
     allowed = bool(verdict["allow"])
     where = f"plaintext taken by the ztunnel of {verdict.get('node') or 'the destination'}"
-    return steps.outcome("ztunnel" if allowed else "refused", allowed, f"{where}: {reason_text(verdict)}")
+    return Outcome("ztunnel" if allowed else "refused", allowed, f"{where}: {reason_text(verdict)}", ())
 
 
 def _through_ztunnel(steps: _Steps, facts: Facts) -> Outcome:
+    """What ztunnel makes of it; without the last step."""
     answer = facts.answer
     who = f"{facts.source.node} ztunnel"
     if answer is None:
         steps.add("route", who, "no answer", "connections wait in ztunnel's listener until it is back")
-        return steps.outcome("ztunnel", None, "ztunnel does not answer")
+        return Outcome("ztunnel", None, "ztunnel does not answer: is it running?", (), known=False)
     route = answer["route"]
     if route["kind"] == "refused":
         steps.add("route", who, f"refused: {route['reason']}", route["message"])
-        return steps.outcome("refused", False, f"{route['reason']}: {route['message']}")
+        return Outcome("refused", False, f"{route['reason']}: {route['message']}", ())
     hops = route["hops"]
     ends = ", ".join(h["endpoint"] for h in hops[:5]) + (f" and {len(hops) - 5} more" if len(hops) > 5 else "")
     of = f"service {route['service']}" if route.get("service") else "the address itself"
     steps.add("route", who, f"{route['kind']} to {ends}", f"{of}; one of {len(hops)} by weight")
     if route["kind"] == "tcp":
-        return steps.outcome("ztunnel", True, f"plain TCP from ztunnel to {ends}: the destination is not in the mesh")
+        return Outcome("ztunnel", True, f"plain TCP from ztunnel to {ends}: the destination is not in the mesh", ())
     verdicts = answer["verdicts"]
+    closed: dict[str, str] = {}
     for verdict in verdicts:
         _policies(steps, verdict)
         ip = verdict["endpoint"].rpartition(":")[0].strip("[]")
         if facts.listening.get(ip) is False:
-            steps.add(
-                "admit", f"{verdict.get('node', '')} kernel", "no HBONE listener", f"nothing takes tunnels to {ip}"
-            )
+            node = verdict.get("node", "")
+            closed[verdict["endpoint"]] = f"nothing takes tunnels to {ip}: does ztunnel run on {node}?"
+            steps.add("admit", f"{node} kernel", "no HBONE listener", closed[verdict["endpoint"]])
     plain = [h["endpoint"] for h in hops if not h["authority"]]
-    allowed = {bool(v["allow"]) for v in verdicts} | ({True} if plain else set())
+    allowed = {bool(v["allow"]) and v["endpoint"] not in closed for v in verdicts} | ({True} if plain else set())
     first = verdicts[0] if verdicts else {}
-    detail = f"HBONE to {ends}: {reason_text(first)}"
     if allowed == {True}:
-        return steps.outcome("ztunnel", True, detail)
+        return Outcome("ztunnel", True, f"HBONE to {ends}: {reason_text(first)}", ())
     if allowed == {False}:
-        return steps.outcome("refused", False, f"{reason_text(first)}, at {first['endpoint']}")
-    return steps.outcome("ztunnel", None, "some endpoints allow it and some do not")
+        reason = f"{reason_text(first)}, at {first['endpoint']}" if not first["allow"] else closed[first["endpoint"]]
+        return Outcome("refused", False, reason, ())
+    return Outcome("ztunnel", None, "some endpoints take it and some do not", ())
 
 
 def _policies(steps: _Steps, verdict: Mapping[str, Any]) -> None:
@@ -292,8 +336,9 @@ def _policies(steps: _Steps, verdict: Mapping[str, Any]) -> None:
 def reason_text(verdict: Mapping[str, Any]) -> str:
     """Why a verdict is as it is, in words."""
     policy = verdict.get("policy", "")
+    asked = "of the policies that select the destination none denies it, and none allows others only"
     return {
-        "no_policy": "no policy selects the destination",
+        "no_policy": asked if verdict.get("policies") else "no policy selects the destination",
         "policy": f"policy {policy}",
         "default_deny": "ALLOW policies select the destination and none matches",
         "strict": f"STRICT: {policy} takes no plaintext",
@@ -310,13 +355,6 @@ def drift_text(row: Row) -> str:
     changed = [name for name in wanted if wanted[name] != from_kernel.get(name)]
     holds, says = (" ".join(f"{n}={values.get(n)}" for n in changed) for values in (from_kernel, wanted))
     return f"the kernel holds {holds} while the control plane says {says}"
-
-
-def _first(answer: Mapping[str, Any] | None) -> Mapping[str, Any] | None:
-    if answer is None or not answer["verdicts"]:
-        return None
-    first: Mapping[str, Any] = answer["verdicts"][0]
-    return first
 
 
 def touching(

@@ -35,12 +35,23 @@ def ask(path: Path, target: str, method: str = "GET", timeout_s: float = TIMEOUT
         response = connection.getresponse()
         body = response.read().decode(errors="replace")
     except (OSError, http.client.HTTPException) as error:
-        raise PlatformFault(f"{path}: {error}: is the node running? (run as root; `ambient lab status`)") from None
+        raise PlatformFault(f"{path}: {_in_words(error, timeout_s)}") from None
     finally:
         connection.close()
     if response.status != 200:
         raise PlatformFault(f"{path}: {method} {target}: {response.status} {body.strip()[:500]}")
     return body
+
+
+def _in_words(error: Exception, timeout_s: float) -> str:
+    """What went wrong, and what to do."""
+    if isinstance(error, PermissionError):
+        return "permission denied: run as root"
+    if isinstance(error, FileNotFoundError | ConnectionRefusedError):
+        return "nobody listens: is the node running? (its log; in a lab, `ambient lab status`)"
+    if isinstance(error, TimeoutError):
+        return f"no answer in {timeout_s:g} s: the process is stopped or busy, look at its log"
+    return f"{error}: is the node running?"
 
 
 def ask_json(path: Path, target: str, timeout_s: float = TIMEOUT_S) -> Any:

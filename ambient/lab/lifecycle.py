@@ -116,10 +116,10 @@ def _pid_file(path: Path) -> int:
     """The process ID in a file, or 0 if there is none or it does not run."""
     try:
         pid = int(path.read_text())
-        os.kill(pid, 0)
-    except (OSError, ValueError):
+        state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+    except (OSError, ValueError, IndexError):
         return 0
-    return pid
+    return 0 if state in "ZX" else pid  # one that nobody has waited for yet runs no more
 
 
 def stop(found: record.LabRecord, name: str) -> None:

@@ -123,7 +123,7 @@ def find_pod(record: LabRecord, namespace: str, name: str) -> PodRecord:
             return pod
         if slash and kind in ("deploy", "deployment") and pod.name.rsplit("-", 2)[0] == short:
             return pod
-    here = [pod.name for pod in pods(record) if pod.namespace == namespace]
+    here = [pod.name for pod in pods(record) if pod.namespace == namespace] or ["nothing"]
     raise ConfigFault(f"pod {namespace}/{name}", name, f"does not run here; running in {namespace}: {', '.join(here)}")
 
 

@@ -160,7 +160,7 @@ def test_processors_are_kept_awake_by_processes_that_give_way_and_end_with_the_b
 
 def test_wrong_words_and_listing_need_no_lab() -> None:
     result = CliRunner().invoke(cli, ["bench", "--only", "nothing"])
-    assert result.exit_code == 1 and "--only" in result.output
+    assert result.exit_code == 2 and "--only" in result.output
     listed = json.loads(CliRunner().invoke(cli, ["bench", "--list", "-o", "json"]).output)
     assert {row["name"] for row in listed} == {*PATHS, *(w.name for w in plan.WORKS)}
 

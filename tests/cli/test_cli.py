@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -15,6 +17,7 @@ from ambient.cli.namespace import find_kubeconfig
 from ambient.cli.output import cell, emit, table
 from ambient.errors import AmbientError, ConfigFault, LayoutMismatch, PlatformFault
 from ambient.io.bpf_maps import Maps
+from ambient.lab import lifecycle
 
 NOWHERE = Path("/nonexistent")
 
@@ -128,8 +131,8 @@ def test_the_map_that_cannot_be_listed_says_so(tmp_path: Path) -> None:
     config = tmp_path / "node.yaml"
     config.write_text("node_name: a\n")
     result = CliRunner().invoke(cli, ["maps", "pending", "--config", str(config)])
-    assert (result.exit_code, "lives in sockets" in result.output) == (1, True)
-    assert CliRunner().invoke(cli, ["maps", "flux", "--config", str(config)]).exit_code == 1
+    assert (result.exit_code, "lives in sockets" in result.output) == (2, True)
+    assert CliRunner().invoke(cli, ["maps", "flux", "--config", str(config)]).exit_code == 2
 
 
 @pytest.mark.parametrize(
@@ -151,3 +154,63 @@ def test_check_exits_by_its_worst_result(monkeypatch: pytest.MonkeyPatch) -> Non
         assert result.exit_code == code
         assert json.loads(result.output)["success"] is (code == 0)
         assert "do this" in CliRunner().invoke(cli, ["check"]).output
+
+
+def test_addresses_in_a_table_are_never_taken_for_pictures() -> None:
+    assert table([{"a": "fd00:96::100: :80"}], ("a",)).splitlines()[1] == "fd00:96::100: :80"
+
+
+def test_what_cannot_be_written_is_one_line_and_exit_code_1() -> None:
+    with open("/dev/full", "w") as full:
+        argv = [sys.executable, "-c", "from ambient.cli import main; main()", "version"]
+        done = subprocess.run(argv, stdout=full, stderr=subprocess.PIPE, text=True, check=False)
+    assert (done.returncode, done.stderr) == (1, "ambient: [Errno 28] No space left on device\n")
+
+
+def test_a_reader_that_has_gone_is_no_traceback() -> None:
+    reading, writing = os.pipe()
+    os.close(reading)
+    argv = [sys.executable, "-c", "from ambient.cli import main; main()", "version"]
+    done = subprocess.run(argv, stdout=writing, stderr=subprocess.PIPE, text=True, check=False)
+    os.close(writing)
+    assert (done.returncode, done.stderr) == (1, "")
+
+
+def test_wrong_names_of_nodes_labs_and_maps_are_misuse(tmp_path: Path) -> None:
+    config = tmp_path / "node.yaml"
+    config.write_text("node_name: a\n")
+    for words in (["maps", "flux"], ["maps", "--node", "b"], ["maps", "counters", "--raw"], ["maps", "--raw"]):
+        assert CliRunner().invoke(cli, [*words, "--config", str(config)]).exit_code == 2, words
+    assert CliRunner().invoke(cli, ["maps", "--lab", "nosuch"]).exit_code == 2
+    assert CliRunner().invoke(cli, ["why", "a", "b", "--config", str(config)]).exit_code == 2
+
+
+def test_a_settings_file_is_refused_without_repeating_what_is_in_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = tmp_path / "key.yaml"
+    config.write_text("secret words of somebody [\n")
+    result = CliRunner().invoke(cli, ["maps", "--config", str(config)])
+    assert (result.exit_code, result.output.count("\n")) == (1, 1)
+    config.write_text("- secret\n")
+    result = CliRunner().invoke(cli, ["maps", "--config", str(config)])
+    assert result.exit_code == 1 and "secret" not in result.output
+    monkeypatch.setenv("AMBIENT_NODE_CONFIG", str(tmp_path / "gone"))
+    result = CliRunner().invoke(cli, ["maps"])
+    assert "gone (AMBIENT_NODE_CONFIG): No such file" in result.output and "run as root" not in result.output
+
+
+def test_the_version_is_an_option_too() -> None:
+    assert CliRunner().invoke(cli, ["--version"]).output.startswith("ambient, version ")
+
+
+def test_a_process_that_ended_and_was_not_waited_for_does_not_run(tmp_path: Path) -> None:
+    file = tmp_path / "agent.pid"
+    file.write_text(str(os.getpid()))
+    assert lifecycle._pid_file(file) == os.getpid()
+    process = subprocess.Popen([sys.executable, "-c", ""])
+    os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)
+    file.write_text(str(process.pid))
+    assert lifecycle._pid_file(file) == 0
+    process.wait()
+    assert lifecycle._pid_file(file) == 0

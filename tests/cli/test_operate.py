@@ -14,7 +14,7 @@ from urllib.parse import parse_qs, urlsplit
 import pytest
 from click.testing import CliRunner
 
-from ambient.cli import cli
+from ambient.cli import cli, target
 from ambient.datapath.drift import compare, differing
 from ambient.datapath.render import Names
 from ambient.datapath.values import ServiceKey, ServiceValue, WorkloadValue
@@ -134,3 +134,47 @@ def test_comparing_finds_missing_extra_and_different_entries_and_no_others() -> 
     assert rows["10.0.0.3"]["name"] == "shop/a" and rows["10.0.0.3"]["actual"] == {}
     (row,) = compare("services", {}, {ServiceKey("fd00::1", 80): ServiceValue(2, 4)}, names)
     assert (row["key"], row["name"], row["actual"]["flags"]) == ("[fd00::1]:80", "shop/web", ["waypoint"])
+
+
+def test_a_map_nobody_compares_is_misuse_and_repair_is_of_all(agent: Agent) -> None:
+    agent.answers["/diff"] = {"drift": []}
+    assert agent.run("diff", "--map", "nosuch").exit_code == 2
+    assert agent.run("diff", "--map", "sk_lookup").exit_code == 0
+    agent.answers["/repair"] = {"drift": [DRIFT], "left": []}
+    result = agent.run("diff", "--map", "workloads", "--repair")
+    assert result.exit_code == 2 and ("POST", "/repair", {}) not in agent.asked
+
+
+def test_a_diff_without_an_answer_is_told_from_drift(agent: Agent) -> None:
+    result = agent.run("diff")
+    assert result.exit_code == 2 and "n1" in result.output and "holds what it should" not in result.output
+    assert agent.run("diff", "-o", "json").exit_code == 2
+
+
+@pytest.fixture
+def two(agent: Agent, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Agent:
+    """The agent is that of a lab's node n1; of n2 nobody answers."""
+    for name, directory in (("n1", tmp_path), ("n2", tmp_path / "nowhere")):
+        file = tmp_path / "labs" / "l" / "nodes" / name / "node.yaml"
+        file.parent.mkdir(parents=True)
+        file.write_text(f"node_name: {name}\nrun_dir: {directory}\nbpffs_dir: {directory}\n")
+    monkeypatch.setattr(target, "_files", lambda *_: sorted((tmp_path / "labs").glob("*/nodes/*/node.yaml")))
+    return agent
+
+
+@pytest.mark.parametrize(
+    ("words", "answer", "code"),
+    [
+        (("bypass", "status"), {"/bypass": BYPASSED}, 1),
+        (("bypass", "on"), {"/bypass": BYPASSED}, 1),
+        (("diff",), {"/diff": {"drift": [DRIFT]}}, 2),
+    ],
+)
+def test_what_one_node_says_is_shown_though_another_is_silent(
+    two: Agent, words: tuple[str, ...], answer: dict[str, Any], code: int
+) -> None:
+    two.answers |= answer
+    result = CliRunner().invoke(cli, [*words, "-o", "json"])
+    assert result.exit_code == code
+    assert [row["node"] for row in json.loads(result.stdout)] == ["n1"]
+    assert "ambient: n2: " in result.stderr and "is the node running?" in result.stderr

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from ambient.cli.flows import PATHS, with_rates
+from ambient.cli.flows import PATHS, kernel_row, with_rates
 from ambient.cli.plain import Looker, Pod, is_accepted, is_plain, plain_row
 from ambient.cli.watch import Rates
 from ambient.datapath.render import Names
@@ -22,6 +22,9 @@ DIALLED = TcpSocket(2, 1, "10.0.0.1", 40000, "10.0.0.9", 9000, cookie=5, sent=6,
 """One that pod a opened; its SYN counts as a byte."""
 TAKEN = TcpSocket(2, 1, "10.0.0.1", 8080, "10.0.0.9", 41000, cookie=6, sent=7, received=5, cgroup=3)
 MESH = 77
+KERNEL = dict.fromkeys(("source", "destination", "client", "server", "original", "identity", "policy"), "") | {
+    "sent_redirected": 0, "received_redirected": 0, "age_s": 1.0, "state": "open", "acceleration": "direct"
+}  # fmt: skip
 
 
 def plain(found: TcpSocket, flows: frozenset[int] = frozenset()) -> bool:
@@ -73,7 +76,7 @@ def test_an_end_of_stream_is_no_byte_of_data() -> None:
 
 def test_plain_rows_have_the_columns_of_all_flows_and_rates() -> None:
     row = {"node": "n1", **plain_row(POD, DIALLED, NAMES, "not_mesh")}
-    assert row["path"] in PATHS
+    assert row["path"] in PATHS and set(row) == {"node", *kernel_row(KERNEL, 1, 2)}
     rates = Rates()
     with_rates(rates, 1.0, [row])
     assert with_rates(rates, 2.0, [{**row, "received": 17}])[0]["bytes_per_s"] == 10

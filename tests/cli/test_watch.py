@@ -128,6 +128,9 @@ def test_a_kernel_flow_is_redirect_once_bytes_were_redirected() -> None:
     assert (direct["path"], direct["sent"], direct["received"]) == ("direct", 5, 7)
     moved = kernel_row({**row, "sent_redirected": 0, "received_redirected": 3, "age_s": 2.0}, -1, 10)
     assert (moved["path"], moved["sent"], moved["received"], moved["redirected"]) == ("redirect", None, 10, 3)
+    named = kernel_row({**row, "sent_redirected": 0, "received_redirected": 0, "age_s": 2.0}, 5, 7, "shop/web")
+    assert Filter(service="web").matches(named) and not Filter(service="web").matches(direct)
+    assert set(direct) == set(ztunnel_row(CONNECTION))  # one kind of row, whatever the path
 
 
 def test_watched_flows_have_bytes_per_second() -> None:
@@ -142,8 +145,8 @@ def test_an_interval_that_cannot_be_is_misuse() -> None:
 
     from ambient.cli import cli
 
-    for words in (["--interval", "0"], ["--count", "0"]):
-        assert CliRunner().invoke(cli, ["flows", "--watch", *words]).exit_code == click.UsageError.exit_code
+    for words in (["--watch", "--interval", "0"], ["--watch", "--count", "0"], ["--interval", "2"], ["--count", "2"]):
+        assert CliRunner().invoke(cli, ["flows", *words]).exit_code == click.UsageError.exit_code
 
 
 @pytest.mark.parametrize(
@@ -163,6 +166,7 @@ def test_ages_are_written_as_people_do(seconds: float, text: str) -> None:
 
 
 def test_headings_say_what_is_per_second_and_numbers_stay_in_json() -> None:
+    assert table([{"per_s": 1.0}], ["per_s"]).splitlines()[0] == "PER SECOND"
     text = table([{"age_s": 75.5, "added_per_s": 2.0, "bytes_per_s": None}], ["age_s", "added_per_s", "bytes_per_s"])
     assert [line.split() for line in text.splitlines()] == [["AGE", "ADDED/S", "BYTES/S"], ["1m15s", "2.0", "-"]]
 

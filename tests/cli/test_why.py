@@ -7,12 +7,12 @@ from typing import Any
 
 import pytest
 
-from ambient.cli.why import find_source, resolve, split_destination
+from ambient.cli.why import behind, find_source, resolve, split_destination
 from ambient.datapath.decide import Candidate
-from ambient.datapath.explain import Facts, Kernel, Source, explain, touching
+from ambient.datapath.explain import Arrival, Facts, Kernel, Source, explain, touching
 from ambient.datapath.layout import LAYOUT
 from ambient.datapath.values import EnrolledValue, ServiceValue, SettingsValue, VerdictValue, WorkloadValue
-from ambient.errors import ConfigFault
+from ambient.errors import Misuse
 
 NOW = 10**12
 ENROLLED = LAYOUT["WORKLOAD_ENROLLED"]
@@ -45,7 +45,11 @@ def answer(kind: str = "hbone", hops: Any = None, verdicts: Any = None, **more: 
     return {"synced": True, "route": route | more, "verdicts": verdicts if verdicts is not None else [verdict(True)]}
 
 
-FACTS = Facts(SOURCE, "10.0.1.2", 8080, KERNEL, answer(), {"verdicts": [verdict(True)]})
+def arrival(found: dict[str, Any] | None, there: Kernel | None = None) -> Arrival:
+    return Arrival("10.0.1.2:8080", found, there)
+
+
+FACTS = Facts(SOURCE, "10.0.1.2", 8080, KERNEL, answer(), arrival(verdict(True)))
 
 
 def ended(facts: Facts) -> tuple[str, bool | None]:
@@ -79,7 +83,9 @@ def test_what_ztunnel_refuses_or_passes_in_plaintext_is_said() -> None:
     assert ended(replace(FACTS, answer=refused)) == ("refused", False)
     assert "no healthy endpoint" in explain(replace(FACTS, answer=refused)).detail
     assert ended(replace(FACTS, answer=answer("tcp", [hop(tunnel=False)], []))) == ("ztunnel", True)
-    assert ended(replace(FACTS, answer=None)) == ("ztunnel", None)
+    unknown = explain(replace(FACTS, answer=None))
+    assert (unknown.path, unknown.allowed, unknown.known) == ("ztunnel", None, False)
+    assert unknown.steps[-1]["why"].startswith("unknown: ") and explain(FACTS).known
 
 
 @pytest.mark.parametrize(
@@ -93,7 +99,7 @@ def test_what_ztunnel_refuses_or_passes_in_plaintext_is_said() -> None:
     ],
 )
 def test_the_hook_decides_over_what_the_kernel_holds(change: dict[str, Any], path: str, allowed: bool) -> None:
-    plain = {"verdicts": [verdict(True, enrolled=False, identity="")]}
+    plain = arrival(verdict(True, enrolled=False, identity=""))
     assert ended(replace(FACTS, kernel=replace(KERNEL, **change), plain=plain)) == (path, allowed)
 
 
@@ -105,17 +111,18 @@ def test_ports_of_the_mesh_and_dns_have_their_own_ends() -> None:
 def test_a_pod_outside_the_mesh_meets_the_destinations_ztunnel_in_plaintext() -> None:
     outside = replace(KERNEL, enrolled=None)
     source = replace(SOURCE, state="refused", reason="host_network", detail="uses the host's network")
-    strict = {"verdicts": [verdict(False, "strict", identity="", policy="istio-system/s")]}
-    facts = replace(FACTS, source=source, kernel=outside, answer=None, plain=strict)
+    strict = verdict(False, "strict", identity="", policy="istio-system/s")
+    facts = replace(FACTS, source=source, kernel=outside, answer=None, plain=arrival(strict))
     outcome = explain(facts)
     assert (outcome.path, outcome.allowed) == ("refused", False) and "STRICT" in outcome.detail
     assert "host_network" in outcome.steps[0]["result"] and "host's network" in outcome.steps[0]["why"]
-    assert ended(replace(facts, plain={"verdicts": [verdict(True, identity="")]})) == ("ztunnel", True)
-    assert ended(replace(facts, plain={"verdicts": [verdict(True, enrolled=False)]})) == ("plain", True)
+    assert ended(replace(facts, plain=arrival(verdict(True, identity="")))) == ("ztunnel", True)
+    assert ended(replace(facts, plain=arrival(verdict(True, enrolled=False)))) == ("plain", True)
     # bypassed at the destination, too: nobody takes the plaintext
     workload = WorkloadValue(2, ENROLLED | LAYOUT["WORKLOAD_BYPASS"], 5)
-    assert ended(replace(facts, there=replace(outside, workload=workload))) == ("plain", True)
-    assert ended(replace(facts, kernel=replace(outside, workload=workload), there=outside)) == ("refused", False)
+    assert ended(replace(facts, plain=arrival(strict, replace(outside, workload=workload)))) == ("plain", True)
+    captured = replace(facts, kernel=replace(outside, workload=workload), plain=arrival(strict, outside))
+    assert ended(captured) == ("refused", False)
 
 
 DIRECT = LAYOUT["ENROLLED_DIRECT"], LAYOUT["WORKLOAD_DIRECT"]
@@ -191,6 +198,45 @@ def test_a_service_with_endpoints_here_and_elsewhere_goes_both_ways() -> None:
     assert (outcome.path, outcome.allowed) == ("ztunnel", True)
     assert "direct to 10.0.1.2:8080" in outcome.detail and "ztunnel to 10.0.2.2:8080" in outcome.detail
     assert len([row for row in outcome.steps if row["step"] == "same node"]) == 2
+    assert len([row for row in outcome.steps if row["step"] == "path"]) == 1
+    (connect,) = [row for row in outcome.steps if row["step"] == "connect"]
+    assert "else to ztunnel" in connect["why"]  # only the next steps know which
+    assert "else" not in explain(FACTS).steps[1]["why"]
+
+
+def test_a_client_outside_the_mesh_that_dials_a_service_meets_the_policies_of_each_endpoint() -> None:
+    denied = verdict(False, "default_deny", identity="")
+    facts = replace(FACTS, kernel=replace(KERNEL, enrolled=None), answer=None, behind=[arrival(denied)])
+    outcome = explain(facts)
+    assert (outcome.path, outcome.allowed) == ("refused", False) and "ALLOW policies" in outcome.detail
+    assert [row["step"] for row in outcome.steps] == ["source", "connect", "policy", "authorize", "path"]
+    assert ended(replace(facts, behind=[arrival(verdict(True, identity=""))])) == ("ztunnel", True)
+    assert ended(replace(facts, behind=[])) == ("refused", False)
+    assert ended(replace(facts, behind=[arrival(verdict(True, enrolled=False))])) == ("plain", True)
+    other = Arrival("10.0.1.3:8080", verdict(True, enrolled=False))
+    both = explain(replace(facts, behind=[arrival(denied), other]))
+    assert (both.path, both.allowed) == ("plain", None)
+    assert "refused to 10.0.1.2:8080; plain to 10.0.1.3:8080" in both.detail
+
+
+def test_a_port_nobody_listens_on_is_told_unless_it_is_refused_before() -> None:
+    facts = replace(FACTS, deaf={"10.0.1.2:8080": "node2"})
+    outcome = explain(facts)
+    assert outcome.allowed and outcome.steps[-2]["result"] == "10.0.1.2:8080: nobody listens"
+    assert outcome.steps[-2]["where"] == "node2 kernel"
+    refused = explain(replace(facts, answer=answer(verdicts=[verdict(False, "policy")])))
+    assert not [row for row in refused.steps if row["step"] == "listen"]
+
+
+def test_a_policy_that_does_not_match_is_not_said_to_select_nothing() -> None:
+    passed = verdict(True, policies=[{**POLICY, "matches": False}])
+    outcome = explain(replace(FACTS, answer=answer(verdicts=[passed])))
+    assert "none denies it" in outcome.detail and "no policy selects" not in outcome.detail
+
+
+def test_loopback_stays_within_the_pod() -> None:
+    outcome = explain(replace(FACTS, address="127.0.0.1"))
+    assert (outcome.path, outcome.allowed) == ("plain", True) and "within the pod" in outcome.detail
 
 
 def test_drift_is_told_as_what_the_kernel_holds_and_the_control_plane_says() -> None:
@@ -213,8 +259,11 @@ def test_drift_is_told_as_what_the_kernel_holds_and_the_control_plane_says() -> 
 
 
 def test_a_missing_listener_at_the_destination_is_a_step() -> None:
-    steps = explain(replace(FACTS, listening={"10.0.1.2": False})).steps
-    assert [s["result"] for s in steps if s["step"] == "admit"] == ["no HBONE listener"]
+    outcome = explain(replace(FACTS, listening={"10.0.1.2": False}))
+    assert [s["result"] for s in outcome.steps if s["step"] == "admit"] == ["no HBONE listener"]
+    assert (outcome.path, outcome.allowed) == ("refused", False) and "node2" in outcome.detail
+    two = answer(hops=[hop(), hop("10.0.1.3:8080")], verdicts=[verdict(True), verdict(True, endpoint="10.0.1.3:8080")])
+    assert ended(replace(FACTS, answer=two, listening={"10.0.1.2": False})) == ("ztunnel", None)
     assert not [s for s in explain(replace(FACTS, listening={"10.0.1.2": True})).steps if s["step"] == "admit"]
 
 
@@ -222,7 +271,7 @@ def test_destinations_are_read_and_wrong_ones_refused() -> None:
     assert split_destination("catalog:80") == ("catalog", 80)
     assert split_destination("[fd00::1]:80") == ("fd00::1", 80)
     for wrong in ("catalog", "catalog:", ":80", "catalog:http", "catalog:0", "catalog:65536"):
-        with pytest.raises(ConfigFault, match="HOST:PORT"):
+        with pytest.raises(Misuse, match="HOST:PORT"):
             split_destination(wrong)
 
 
@@ -242,10 +291,10 @@ DUMP: dict[str, Any] = {
             "hostname": "headless.shop.svc.cluster.local",
             "vips": [],
             "ports": {"80": 80},
-            "endpoints": {"w": {"workloadUid": "uid-b"}},
+            "endpoints": {"w": {"workloadUid": "uid//Pod/b"}},
         },
     ],
-    "workloads": [{"uid": "uid-b", "namespace": "shop", "name": "b", "workloadIps": ["fd00::2", "10.0.1.2"]}],
+    "workloads": [{"uid": "uid//Pod/b", "namespace": "shop", "name": "b", "workloadIps": ["fd00::2", "10.0.1.2"]}],
 }
 
 
@@ -266,21 +315,46 @@ def test_names_are_what_the_pod_would_reach(host: str, family: int, address: str
     assert resolve(host, 80, "shop", DUMP, family)[0] == address
 
 
+def test_an_address_is_told_whose_it_is_and_a_service_which_endpoints_it_has() -> None:
+    assert resolve("10.96.0.1", 81, "shop", DUMP, 0) == ("10.96.0.1", "VIP of service shop/web")
+    assert resolve("fd00::2", 80, "shop", DUMP, 6) == ("fd00::2", "address of pod shop/b")
+    assert resolve("10.9.9.9", 80, "shop", DUMP, 4) == ("10.9.9.9", "address")
+    with pytest.raises(Misuse, match="no IPv6 address"):
+        resolve("10.9.9.9", 80, "shop", DUMP, 6)
+    ends = {
+        "w": {"workloadUid": "uid//Pod/b", "status": "Healthy", "port": {"80": 8080}},
+        "x": {"workloadUid": "uid-x", "status": "Unhealthy", "port": {"80": 8080}},
+    }
+    dump = {**DUMP, "services": [{**DUMP["services"][0], "endpoints": ends}]}
+    assert behind("10.96.0.1", 80, dump) == [("10.0.1.2", 8080)]
+    assert behind("fd00:96::1", 80, dump) == [("fd00::2", 8080)]
+    assert behind("10.96.0.1", 80, DUMP) == []
+    assert behind("10.96.0.1", 81, dump) is None and behind("10.0.1.2", 8080, dump) is None
+
+
 @pytest.mark.parametrize("host", ["web.other", "nothing", "other/b", "example.com"])
 def test_a_name_nobody_knows_is_refused(host: str) -> None:
-    with pytest.raises(ConfigFault, match="neither an address nor"):
+    with pytest.raises(Misuse, match="neither an address nor"):
         resolve(host, 80, "shop", DUMP, 0)
 
 
 def test_the_source_is_a_pod_or_one_of_a_deployment() -> None:
     def row(name: str) -> dict[str, Any]:
         known = {"namespace": "shop", "uid": f"uid-{name}", "state": "enrolled", "reason": "", "detail": ""}
-        return {**known, "name": name, "netns_cookie": 1, "addresses": []}
+        return {**known, "name": name, "netns_cookie": 1, "addresses": ["10.0.0.7"] if name == "web" else []}
 
     statuses = {"node1": {"pods": [row("web-7f-x"), row("web-7f-a")]}, "node2": {"pods": [row("web")]}}
     assert find_source("shop/web", statuses).node == "node2"
     assert find_source("shop/web-7f", statuses).name == "shop/web-7f-a"
-    with pytest.raises(ConfigFault, match="no agent here knows"):
+    with pytest.raises(Misuse, match="no agent here knows"):
         find_source("shop/we", statuses)
-    with pytest.raises(ConfigFault, match="NAMESPACE/POD"):
+    with pytest.raises(Misuse, match="NAMESPACE/POD"):
         find_source("web", statuses)
+    assert find_source("10.0.0.7", statuses).name == "shop/web"
+    with pytest.raises(Misuse, match="no pod of the nodes looked at"):
+        find_source("10.0.0.8", statuses)
+    with pytest.raises(Misuse, match="namespaces with pods here: shop"):
+        find_source("deploy/web", statuses)
+    many = {"node1": {"pods": [row(f"p{number:02}") for number in range(12)]}}
+    with pytest.raises(Misuse, match="p08, p09 and 2 more"):
+        find_source("shop/we", many)

@@ -204,7 +204,7 @@ def test_every_map_is_shown_by_names_filtered_and_watched(mesh: Mesh, judged: st
                         assert not any(row["new"] for row in looks[1]["rows"])
                     else:
                         refused = CliRunner().invoke(cli, ["maps", name, "-n", judged, "--lab", mesh.lab.name])
-                        assert refused.exit_code == 1 and "no names" in refused.output
+                        assert refused.exit_code == 2 and "no names" in refused.output
             finally:
                 held.withdraw_delivery(Admission(c, PORT, c, 1))
             (row,) = maps("flows", "--pod", f"{judged}/c", "-o", "json")
