@@ -126,7 +126,7 @@ def exec_in(name: str | None, namespace: str, container: str, pod: str, command:
 
     \b
     Example:
-      ambient lab exec -n shop deploy/frontend -- curl -s http://catalog/
+      ambient lab exec -n shop deploy/frontend -- python3 get.py http://catalog/items
     """
     _root()
     argv, env = lifecycle.exec_line(record.read(record.choose(name)), namespace, pod, container, command)

@@ -132,7 +132,7 @@ enum listener_kind {
 #define NO_PROGRAMS 32          /* ... the kernel refuses one of the programs */
 #define NO_DESTROY 128          /* it cannot close a connection (SOCK_DESTROY): nothing is authorized within the node */
 #define CROWDED 256             /* `flows` is nearly full: ztunnel takes what is new, which would be steered and not in STRICT */
-#define ULP_ALLOWED 64          /* the kernel lets TCP_ULP "tls" onto a socket in a sockhash: the setsockopt hook does not */
+#define ULP_ALLOWED 64          /* the kernel may let TCP_ULP "tls" onto a socket in a sockhash: the setsockopt hook does not */
 
 /* Bounds of what a receiver may hold unread by redirection. */
 #define REDIRECT_HIGH_BYTES 1048576
