@@ -99,6 +99,17 @@ def test_a_document_names_files_that_exist(document: str) -> None:
             assert any(path.endswith(f"/{name}") for path in FILES), name
 
 
+@pytest.mark.parametrize("document", DOCUMENTS)
+def test_a_link_leads_somewhere(document: str) -> None:
+    for target in re.findall(r"\]\(([^)\s]+)\)", (ROOT / document).read_text()):
+        name, _, anchor = target.partition("#")
+        file = (ROOT / document).parent / name if name else ROOT / document
+        assert file.exists(), target
+        headings = re.findall(r"^#+ (.*)$", file.read_text(), re.MULTILINE)
+        slugs = {re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings}
+        assert not anchor or anchor in slugs, target
+
+
 def test_tests_that_a_text_refers_to_exist() -> None:
     names = {path.rpartition("/")[2] for path in FILES}
     for path in (path for path in FILES if path.endswith((".py", ".c", ".h", ".toml", "Makefile"))):
