@@ -86,7 +86,6 @@ async def _run(settings: NodeSettings, client: Client, on_change: OnChange, tell
                     raise PeerFault("a discovery response that is no such message")  # the library gives None
                 if not connected:
                     connected = True
-                    waits.reset()
                     tell(True, "")
                 change = client.receive(response)
                 if change is None:
@@ -95,7 +94,9 @@ async def _run(settings: NodeSettings, client: Client, on_change: OnChange, tell
                     _log.error("discovery: %d resources refused: %s", len(change.rejected), summarize(change.rejected))
                 if change.diff or change.first:
                     await _act(on_change, change.world, change.diff)
-                for ack in client.commit(change):
+                acknowledgements = client.commit(change)
+                waits.reset()  # not before: what cannot be put into effect comes again with every connection
+                for ack in acknowledgements:
                     await _send(call, ack)
         finally:
             call.cancel()

@@ -223,6 +223,7 @@ class Agent:
             kernel.beat()
             if kernel.doubts != self._asked_at:
                 self._doubted.set()
+            kernel.same_node.revoke()  # what failed when it was to be done
             self._redirect(kernel)
             if time.monotonic() - swept > SWEEP_S:
                 swept = time.monotonic()

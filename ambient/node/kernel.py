@@ -6,12 +6,13 @@ Keeps a mirror of what it wrote to `workloads` and `services` and applies only d
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import dataclasses
 import logging
 import os
 import sys
 import time
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Collection, Iterable, Iterator
 from pathlib import Path
 from typing import Any, Final, TypeVar
 
@@ -261,19 +262,47 @@ class Kernel:
     # --- the World and the addresses of this node's pods
 
     def put_world(self, world: World, pods: Collection[LocalPod]) -> None:
-        """Write a World. `complete` afterwards says whether all of it found room."""
-        self._world = world
-        self._remote = entries.remote_workloads(world, self._node, self._names.workloads)
+        """Write a World. `complete` afterwards says whether all of it found room. Raises as `put_pods`."""
         self._failed.clear()
-        self.put_pods(pods)
-        used = {*world.workloads, *(p.workload_uid for p in pods)}
-        self._names.workloads.retain(used)
-        self._names.services.retain(world.services)
-        self.same_node.tidy()
-        self._names.save()
+        with self._or_incomplete("world"):
+            self._world = world
+            self._remote = entries.remote_workloads(world, self._node, self._names.workloads)
+            self.put_pods(pods)
+            used = {*world.workloads, *(p.workload_uid for p in pods)}
+            self._names.workloads.retain(used)
+            self._names.services.retain(world.services)
+            self.same_node.tidy()
+            self._names.save()
 
     def put_pods(self, pods: Iterable[LocalPod]) -> None:
-        """Write the addresses of this node's pods and who may reach them; all others stay as the World has them."""
+        """Write the addresses of this node's pods and who may reach them; all others stay as the World has them.
+
+        What it raises (a map or a disk that fails) leaves the maps incomplete, so that nobody goes by what is in them,
+        and closes what has no right any more nevertheless.
+        """
+        with self._or_incomplete("pods"):
+            try:
+                self._write(pods)
+            finally:
+                self.same_node.revoke()
+            self._names.save()
+
+    @contextlib.contextmanager
+    def _or_incomplete(self, what: str) -> Iterator[None]:
+        self._failed.discard(what)
+        try:
+            yield
+        except Exception as error:
+            self._failed.add(what)
+            self.problem = f"the maps were not written to the end: {error}"
+            raise
+        finally:
+            complete = self._world is not None and not self._failed
+            if complete != self.complete:
+                self.complete = complete
+                self.beat()
+
+    def _write(self, pods: Iterable[LocalPod]) -> None:
         world = self._world or World()
         same_node = self.same_node
         same_node.grant(entries.rights(world, pods, strict_means_off=self._strict_means_off))
@@ -293,12 +322,6 @@ class Kernel:
             self._failed.discard("services")
             self._apply("services", self.maps.services, self._services, plan(self._services, services))
             same_node.drop_endpoints(slots)
-        same_node.revoke()
-        self._names.save()
-        complete = self._world is not None and not self._failed
-        if complete != self.complete:
-            self.complete = complete
-            self.beat()
 
     def _apply(self, name: str, table: TypedMap[K, V], mirror: dict[K, V], steps: Plan[K, V]) -> None:
         for key in steps.deletes:

@@ -14,7 +14,7 @@ import logging
 import socket
 import time
 from collections.abc import Callable, Container, Iterable, Iterator, Mapping
-from typing import Final
+from typing import Any, Final
 
 from ambient.datapath import endpoints as slots
 from ambient.datapath import verdicts
@@ -22,7 +22,16 @@ from ambient.datapath.entries import LocalPod, Rights
 from ambient.datapath.layout import LAYOUT
 from ambient.datapath.plan import plan
 from ambient.datapath.render import short_workload, socket_text
-from ambient.datapath.values import EndpointKey, EndpointValue, FlowEnd, FlowValue, TupleKey, VerdictKey, VerdictValue
+from ambient.datapath.values import (
+    EndpointKey,
+    EndpointValue,
+    FlowEnd,
+    FlowValue,
+    SettingsValue,
+    TupleKey,
+    VerdictKey,
+    VerdictValue,
+)
 from ambient.errors import AmbientError
 from ambient.io import sock_diag
 from ambient.io.bpf_maps import Maps
@@ -179,8 +188,9 @@ class SameNode:
         return self.revoke()
 
     def revoke(self) -> int:
-        """Close the flows to destinations that changed for which nobody would be let in now; how many."""
-        changed, self._changed = self._changed, set()
+        """Close the flows to destinations that changed for which nobody would be let in now; how many. Where something
+        fails the next call does it again."""
+        changed = self._changed
         if not changed:
             return 0
         lost = self.unrightful(changed)
@@ -196,8 +206,11 @@ class SameNode:
                 socket_text(key.local, key.local_port),
                 reason,
             )
-        self._close((key, flow) for key, flow, _ in lost)
-        closed = len(lost) + self._close_strays(changed)
+        with _Diags(self.netns_of) as diags:
+            self._close(diags, ((key, flow) for key, flow, _ in lost))
+            closed = len(lost) + self._close_strays(diags, changed)
+        if not diags.failed:
+            self._changed = set()
         self.counters["flows_revoked"] += closed
         return closed
 
@@ -219,39 +232,39 @@ class SameNode:
             source = None
         return strays.why_lost(rights, source, key)
 
-    def _close_strays(self, changed: Container[int]) -> int:
+    def _close_strays(self, diags: _Diags, changed: Container[int]) -> int:
         """Close what is in no flow and had a right that is gone; how many. After the flows that lost theirs."""
         before, now = self._judged, {self._names.workloads.of(p.workload_uid): r for p, r in self._granted.items()}
-        self._judged = {n: before.get(n, r) if r.policies is None else r for n, r in now.items() if r.flags & ENROLLED}
-        narrowed = {n: (before[n], r) for n, r in self._judged.items() if n in changed and before.get(n, r) != r}
+        judged = {n: before.get(n, r) if r.policies is None else r for n, r in now.items() if r.flags & ENROLLED}
+        narrowed = {n: (before[n], r) for n, r in judged.items() if n in changed and before.get(n, r) != r}
         settings = self._maps.settings if narrowed else None
-        if settings is None or settings.mode == LAYOUT["MODE_BYPASS"]:
-            return 0
         closed = 0
-        with _Diags(self.netns_of) as diags:
-            for cookie, value in self._maps.enrolled.items():
-                if value.workload not in narrowed:
-                    continue
-                own, others = self._addresses(value.workload)
-                try:
-                    found = list(
-                        strays.find(diags.of(cookie), own, others, *narrowed[value.workload], settings.exempt_cgroups)
-                    )
-                except (OSError, AmbientError) as error:
-                    log.error("sockets of a pod cannot be listed: %s", error)
-                    continue
-                for stray in found:
-                    flow = self._maps.flows.get(stray.key)
-                    if flow is not None and flow.server.cookie == stray.cookie:
-                        continue  # judged by the identity it was let in with
-                    own_end, peer = (stray.key.local, stray.key.local_port), (stray.key.remote, stray.key.remote_port)
-                    log.warning(
-                        "connection from %s to %s, in no flow, closed: %s",
-                        socket_text(*peer),
-                        socket_text(*own_end),
-                        stray.reason,
-                    )
-                    closed += diags.destroy(cookie, own_end, peer, stray.cookie)
+        if settings is not None and settings.mode != LAYOUT["MODE_BYPASS"]:
+            closed = self._close_found(diags, narrowed, settings)
+        if not diags.failed:
+            self._judged = judged
+        return closed
+
+    def _close_found(
+        self, diags: _Diags, narrowed: Mapping[int, tuple[Rights, Rights]], settings: SettingsValue
+    ) -> int:
+        closed = 0
+        for cookie, value in self._maps.enrolled.items():
+            if value.workload not in narrowed:
+                continue
+            own, others = self._addresses(value.workload)
+            for stray in diags.find_strays(cookie, own, others, *narrowed[value.workload], settings.exempt_cgroups):
+                flow = self._maps.flows.get(stray.key)
+                if flow is not None and flow.server.cookie == stray.cookie:
+                    continue  # judged by the identity it was let in with
+                own_end, peer = (stray.key.local, stray.key.local_port), (stray.key.remote, stray.key.remote_port)
+                log.warning(
+                    "connection from %s to %s, in no flow, closed: %s",
+                    socket_text(*peer),
+                    socket_text(*own_end),
+                    stray.reason,
+                )
+                closed += diags.destroy(cookie, own_end, peer, stray.cookie)
         return closed
 
     def _addresses(self, workload: int) -> tuple[set[str], dict[str, Identity | None]]:
@@ -274,20 +287,20 @@ class SameNode:
                 if (key.local in gone or key.remote in gone) and not is_over(flow):
                     yield key, flow
 
-        self._close(theirs())
+        with _Diags(self.netns_of) as diags:
+            self._close(diags, theirs())
         for key, flow in theirs():
             client, server = (_closed(end) for end in (flow.client, flow.server))
             self._maps.flows[key] = _with_ends(flow, client, server)
 
-    def _close(self, flows: Iterable[tuple[TupleKey, FlowValue]]) -> None:
-        with _Diags(self.netns_of) as diags:
-            for key, flow in flows:
-                own, peer = (key.local, key.local_port), (key.remote, key.remote_port)
-                # The server's end first: its reset reaches the client, which sees what ztunnel would have shown it.
-                closed = diags.destroy(flow.netns_server, own, peer, flow.server.cookie)
-                closed |= diags.destroy(flow.netns_client, peer, own, flow.client.cookie)
-                if not closed:
-                    self.counters["flows_not_closed"] += 1
+    def _close(self, diags: _Diags, flows: Iterable[tuple[TupleKey, FlowValue]]) -> None:
+        for key, flow in flows:
+            own, peer = (key.local, key.local_port), (key.remote, key.remote_port)
+            # The server's end first: its reset reaches the client, which sees what ztunnel would have shown it.
+            closed = diags.destroy(flow.netns_server, own, peer, flow.server.cookie)
+            closed |= diags.destroy(flow.netns_client, peer, own, flow.client.cookie)
+            if not closed:
+                self.counters["flows_not_closed"] += 1
 
     def tidy(self) -> None:
         """Forget names that nothing uses, once there are many."""
@@ -310,11 +323,13 @@ def _with_ends(flow: FlowValue, client: FlowEnd, server: FlowEnd) -> FlowValue:
 
 
 class _Diags:
-    """inet_diag sockets of the namespaces a pass needs, each opened once."""
+    """inet_diag sockets of the namespaces a pass needs, each opened once. ``failed``: not everything could be done."""
 
     def __init__(self, netns_of: Callable[[int], int | None]) -> None:
         self._netns_of = netns_of
         self._open: dict[int, socket.socket | None] = {}
+        self.failed = 0
+        self._why = ""
 
     def __enter__(self) -> _Diags:
         return self
@@ -323,6 +338,11 @@ class _Diags:
         for sock in self._open.values():
             if sock is not None:
                 sock.close()
+        if self.failed:
+            log.error("%d times connections of pods could not be listed or closed: %s", self.failed, self._why)
+
+    def _fail(self, error: Exception) -> None:
+        self.failed, self._why = self.failed + 1, str(error)
 
     def of(self, cookie: int) -> socket.socket | None:
         """The socket of a namespace; None if that is not held."""
@@ -331,9 +351,19 @@ class _Diags:
             try:
                 self._open[cookie] = None if fd is None else sock_diag.open_diag(fd)
             except OSError as error:
-                log.error("sockets of a pod cannot be closed: %s", error)
+                self._fail(error)
                 self._open[cookie] = None
         return self._open[cookie]
+
+    def find_strays(self, cookie: int, *wanted: Any) -> list[strays.Stray]:
+        """`strays.find` in a namespace."""
+        try:
+            return list(strays.find(self.of(cookie), *wanted))
+        except (OSError, AmbientError) as error:
+            self._fail(error)
+            if (half_read := self._open.pop(cookie)) is not None:
+                half_read.close()
+            return []
 
     def destroy(self, cookie: int, own: tuple[str, int], peer: tuple[str, int], sock_cookie: int) -> bool:
         sock = self.of(cookie)
@@ -342,5 +372,5 @@ class _Diags:
         try:
             return sock_diag.destroy(sock, *own, *peer, sock_cookie)
         except (OSError, AmbientError) as error:
-            log.error("flow from %s to %s: %s", own, peer, error)
+            self._fail(error)
             return False

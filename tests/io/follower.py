@@ -33,6 +33,7 @@ class Follower:
         self.gate.set()
         self.waiting = False
         self.fail = 0
+        self.waits = Backoff(limit_s=QUICK)
 
     async def on_change(self, world: World, diff: Diff) -> None:
         self.waiting = True
@@ -50,7 +51,7 @@ class Follower:
             self.role,
             self.on_change,
             on_state=lambda up, why: self.states.append((up, why)),
-            backoff=Backoff(limit_s=QUICK),
+            backoff=self.waits,
         )
 
     @property

@@ -17,9 +17,10 @@ from ambient.io.xds_client import METHOD
 from ambient.model.policy import Action, Group, Policy, Scope
 from ambient.model.world import Diff, World
 from ambient.proto import discovery_pb2
+from ambient.xds.client import Backoff
 from ambient.xds.resources import ADDRESS_TYPE
 from ambient.xds.server import Response, Session
-from tests.io.follower import Follower, workload
+from tests.io.follower import QUICK, Follower, workload
 from tests.support.control import Background, ControlPlane, Now, until
 
 # ---- discovery ----
@@ -85,6 +86,26 @@ async def test_a_change_that_could_not_take_effect_is_not_acknowledged_and_comes
         assert follower.diffs[1].workloads == (workload("a", hbone=True),)
         await until(lambda: plane.discovery.acknowledged(uid, True) == ())
         assert any("cannot write the maps" in why for _, why in follower.states)
+
+
+async def test_who_cannot_put_a_change_into_effect_asks_ever_more_slowly(plane: ControlPlane) -> None:
+    waited: list[int] = []
+
+    class Counted(Backoff):
+        def next(self, random: float) -> float:
+            waited.append(self._failures)
+            return super().next(random)
+
+    async with Background() as background:
+        follower = Follower(plane.node())
+        follower.waits = Counted(limit_s=QUICK)
+        follower.fail = 3
+        plane.discovery.set_world(World.of([workload("a")]))
+        background.start(follower.run())
+        await until(lambda: len(follower.diffs) == 1)
+        await plane.server.stop()
+        await until(lambda: len(waited) > 3)
+    assert waited[:4] == [0, 1, 2, 0]
 
 
 async def test_a_slow_client_neither_blocks_others_nor_is_buffered_for(plane: ControlPlane) -> None:

@@ -328,6 +328,30 @@ async def test_the_heartbeat_moves_and_the_settings_name_the_cgroups(node: RealN
         await node.until(lambda: maps.settings.heartbeat_ns > first.heartbeat_ns, "a heartbeat", 5)  # type: ignore[union-attr]
 
 
+async def test_a_world_that_cannot_be_put_into_effect_leaves_the_kernels_verdicts_void(node: RealNode) -> None:
+    """Numbers are written down before they are used: here that fails, as on a full disk."""
+
+    def world(*names: str) -> World:
+        return World.of(
+            Workload(f"Kubernetes//Pod/shop/{n}", n, "shop", (parse_ip(f"10.77.7.{i}"),), node="node-b")
+            for i, n in enumerate(names, 1)
+        )
+
+    node.control.discovery.set_world(world("one"))
+    with node.maps() as maps:
+        await node.until(lambda: maps.settings.complete and "10.77.7.1" in maps.workloads)  # type: ignore[union-attr]
+        in_the_way = node.run_dir / f".names.json.{node.pid('agent')}"
+        in_the_way.mkdir()
+        try:
+            node.control.discovery.set_world(world("one", "two"))
+            await node.until(lambda: not maps.settings.complete, "nobody goes by the maps")  # type: ignore[union-attr]
+            problems = " ".join((await node.status())["problems"])
+            assert "not written to the end" in problems and in_the_way.name in problems
+        finally:
+            in_the_way.rmdir()
+        await node.until(lambda: maps.settings.complete and "10.77.7.2" in maps.workloads)  # type: ignore[union-attr]
+
+
 async def test_an_agent_that_was_stopped_vouches_for_nothing_until_it_was_told_anew(node: RealNode) -> None:
     """While it was stopped ztunnel decided. Its first sign of life must not bring back what it had allowed before."""
     pod, sandbox = await added(node, "judged")

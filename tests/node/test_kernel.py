@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import errno
 import time
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 
@@ -109,6 +111,25 @@ def test_who_was_silent_for_long_is_believed_only_after_it_asked_anew(
     assert kernel.maps.settings.complete == 0
     kernel.believe(kernel.doubts)
     assert kernel.maps.settings.complete == 1
+
+
+def test_what_cannot_be_written_to_the_end_counts_for_nobody(kernel: Kernel, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A full disk, say: numbers are written down before they are used."""
+    kernel.put_world(world(1), [OURS])
+    revoked: list[bool] = []
+    monkeypatch.setattr(kernel.same_node, "revoke", lambda: revoked.append(True))
+    with monkeypatch.context() as broken:
+        broken.setattr(Names, "save", Mock(side_effect=OSError(errno.ENOSPC, "full")))
+        with pytest.raises(OSError, match="full"):
+            kernel.put_world(world(2), [OURS])
+        assert kernel.maps.settings is not None and kernel.maps.settings.complete == 0
+        assert revoked and "full" in kernel.problem
+        with pytest.raises(OSError, match="full"):
+            kernel.put_pods([OURS])
+    kernel.put_pods([OURS])
+    assert kernel.maps.settings.complete == 0  # the World is not in the maps yet
+    kernel.put_world(world(2), [OURS])
+    assert kernel.maps.settings.complete == 1 and kernel.problem == ""
 
 
 def test_an_operators_bypass_outlives_the_agent(kernel: Kernel) -> None:

@@ -5,11 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 
 from ambient.datapath.entries import LocalPod, rights
-from ambient.datapath.values import VerdictKey, WorkloadValue
+from ambient.datapath.values import FlowEnd, FlowValue, SettingsValue, TupleKey, VerdictKey, WorkloadValue
 from ambient.errors import PlatformFault
 from ambient.manifest.acceleration import Acceleration
 from ambient.model.address import parse_ip
@@ -110,6 +111,54 @@ def test_a_restarted_agent_never_goes_back_to_a_generation(maps: Any, names: Nam
     node = SameNode("n1", names, maps)
     give(node, world())
     assert all(node.generation_of(p) > ahead for p in PODS)
+
+
+def flow_from_a_to_b(names: Names) -> tuple[TupleKey, FlowValue]:
+    numbers = [names.workloads.of(p.workload_uid) for p in PODS]
+    flow = FlowValue(
+        client=FlowEnd(cookie=7),
+        server=FlowEnd(cookie=8),
+        netns_client=1,
+        netns_server=2,
+        source=numbers[0],
+        destination=numbers[1],
+        identity=names.identities.of(str(A)),
+        original="10.1.0.2",
+        original_port=80,
+        **dict.fromkeys(("created_ns", "generation", "policy", "reason", "acceleration", "flags"), 0),
+    )
+    return TupleKey("10.1.0.2", "10.1.0.1", 80, 40000), flow
+
+
+def test_what_could_not_be_closed_is_tried_again(maps: Any, names: Names, monkeypatch: pytest.MonkeyPatch) -> None:
+    node = SameNode("n1", names, maps)
+    node.netns_of = lambda cookie: 0
+    maps.enrolled, maps.settings = Table(), SettingsValue()
+    give(node, world())
+    assert node.revoke() == 0
+    key, flow = flow_from_a_to_b(names)
+    maps.flows[key] = flow
+    asked: list[int] = []
+
+    def destroy(_: Any, *ends: Any) -> bool:
+        asked.append(ends[-1])
+        if len(asked) <= 2:
+            raise PlatformFault("no memory")
+        return True
+
+    monkeypatch.setattr("ambient.node.same_node.sock_diag.open_diag", lambda fd: SimpleNamespace(close=lambda: None))
+    monkeypatch.setattr("ambient.node.same_node.sock_diag.destroy", destroy)
+    with monkeypatch.context() as broken:
+        broken.setattr(maps.flows, "items", Mock(side_effect=PlatformFault("map flows: read")))
+        give(node, world(policy(Action.DENY, 80)))
+        with pytest.raises(PlatformFault):
+            node.revoke()
+    node.revoke()
+    assert asked == [8, 7]
+    node.revoke()
+    assert asked == [8, 7, 8, 7]
+    node.revoke()
+    assert asked == [8, 7, 8, 7]
 
 
 def test_port_0_is_written_last_and_removed_first(maps: Any, names: Names) -> None:
