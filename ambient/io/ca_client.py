@@ -1,4 +1,4 @@
-"""What a node asks of the control plane beside discovery: certificates, and whether peers know a workload.
+"""Ask the control plane for certificates, and check what it answers.
 
 Trust: peers are verified against the roots that came with the certificate (last element of the chain) and
 those in ``ca_root_file``, together (`trust_bundle`). The two overlap except while the mesh's root is being
@@ -8,22 +8,20 @@ dropped it. Therefore ``ca_root_file`` holds the mesh's own roots and no others.
 
 from __future__ import annotations
 
-import asyncio
 from pathlib import Path
 
 from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 
-from ambient.errors import AmbientError, PeerFault
+from ambient.errors import PeerFault
 from ambient.io.control_channel import bearer, describe, open_channel
 from ambient.io.quiet_grpc import grpc
 from ambient.model.identity import Identity
-from ambient.proto import ca_pb2, mesh_pb2
+from ambient.proto import ca_pb2
 from ambient.settings import NodeSettings
 
 CREATE_CERTIFICATE = "/istio.v1.auth.IstioCertificateService/CreateCertificate"
-AWAIT_ACKNOWLEDGED = "/ambient.v1.Mesh/AwaitAcknowledged"
 TIMEOUT_S = 10.0
 CHAIN_MAX = 16
 
@@ -116,24 +114,3 @@ def trust_bundle(settings: NodeSettings, chain: tuple[str, ...]) -> bytes:
         for certificate in certificates:
             found[certificate.public_bytes(serialization.Encoding.PEM)] = None
     return b"".join(sorted(found))
-
-
-async def await_acknowledged(settings: NodeSettings, workload_uid: str, hbone: bool, timeout_s: float) -> bool:
-    """Wait until every node knows the workload as HBONE (or as not HBONE), at most ``timeout_s``.
-
-    False when the time ran out, and when the control plane cannot be reached or refuses.
-    """
-    request = mesh_pb2.AwaitAcknowledgedRequest(
-        workload_uid=workload_uid, hbone=hbone, timeout_ms=max(0, round(timeout_s * 1000))
-    )
-    try:
-        async with asyncio.timeout(timeout_s + 1.0), open_channel(settings) as channel:
-            call = channel.unary_unary(
-                AWAIT_ACKNOWLEDGED,
-                request_serializer=mesh_pb2.AwaitAcknowledgedRequest.SerializeToString,
-                response_deserializer=mesh_pb2.AwaitAcknowledgedResponse.FromString,
-            )
-            response = await call(request, metadata=bearer(settings), timeout=timeout_s + 0.5)
-    except (grpc.aio.AioRpcError, AmbientError, TimeoutError):
-        return False
-    return isinstance(response, mesh_pb2.AwaitAcknowledgedResponse) and response.acknowledged

@@ -25,8 +25,8 @@ from ambient.datapath.layout import LAYOUT
 from ambient.errors import AmbientError, ConfigFault
 from ambient.io import bpf_drain, bpf_links, logs
 from ambient.io.bpf_maps import Maps
-from ambient.io.ca_client import await_acknowledged
 from ambient.io.kube import ApiStatus, KubeClient
+from ambient.io.mesh_client import await_acknowledged
 from ambient.io.reflector import Reflector
 from ambient.io.xds_client import subscribe
 from ambient.manifest.acceleration import Acceleration

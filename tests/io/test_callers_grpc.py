@@ -14,8 +14,9 @@ from ambient.control.certificates import Caller, PodFacts
 from ambient.errors import ConfigFault, PeerFault, PlatformFault
 from ambient.io import authentication, ca
 from ambient.io.authentication import Authenticator, Unauthenticated
-from ambient.io.ca_client import await_acknowledged, create_certificate, make_csr, make_key, trust_bundle
+from ambient.io.ca_client import create_certificate, make_csr, make_key, trust_bundle
 from ambient.io.control_channel import bearer, open_channel
+from ambient.io.mesh_client import await_acknowledged
 from ambient.io.quiet_grpc import grpc
 from ambient.io.xds_client import METHOD
 from ambient.model.world import World

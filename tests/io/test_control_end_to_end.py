@@ -11,7 +11,8 @@ import pytest
 from cryptography import x509
 
 from ambient.errors import PeerFault
-from ambient.io.ca_client import await_acknowledged, create_certificate, make_csr, make_key
+from ambient.io.ca_client import create_certificate, make_csr, make_key
+from ambient.io.mesh_client import await_acknowledged
 from ambient.io.run_control import ControlPlane
 from ambient.io.xds_client import subscribe
 from ambient.manifest.kinds import NAMESPACE, PEER_AUTHENTICATION

@@ -10,8 +10,8 @@ import pytest
 
 from ambient.errors import PeerFault
 from ambient.io import control_channel, xds_server
-from ambient.io.ca_client import await_acknowledged
 from ambient.io.control_channel import bearer, open_channel
+from ambient.io.mesh_client import await_acknowledged
 from ambient.io.quiet_grpc import grpc
 from ambient.io.xds_client import METHOD
 from ambient.model.policy import Action, Group, Policy, Scope
