@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import json
 import random
 import selectors
 import socket
@@ -59,6 +60,29 @@ def test_each_side_may_end_first_and_the_other_goes_on(path: Mesh, listener: soc
         late.close()
         assert early.recv(10) == b""
         early.close()
+
+
+def packets(path: Mesh) -> tuple[int, int]:
+    """What b got from a's node, and sent there, so far."""
+    out = path.b.run("ip", "-s", "-j", "link", "show", "eth0", capture_output=True, check=True).stdout
+    counts = json.loads(out)[0]["stats64"]
+    return counts["rx"]["packets"], counts["tx"]["packets"]
+
+
+def test_a_small_message_is_one_packet_between_the_nodes(path: Mesh, listener: socket.socket):
+    """No credit, acknowledgement or PING of its own: each would be another packet, record and wake-up of the peer."""
+    near, far = connected(path, listener)
+    turns, few = 500, 50  # few: neighbours' discovery, acknowledgements where the machine was busy for 40 ms
+    before = packets(path)
+    for _ in range(turns):
+        near.sendall(b"x" * 41)
+        assert len(far.recv(1000)) == 41
+        far.sendall(b"y" * 158)
+        assert len(near.recv(1000)) == 158
+    for earlier, later in zip(before, packets(path), strict=True):
+        assert turns <= later - earlier < turns + few
+    near.close()
+    far.close()
 
 
 @pytest.mark.parametrize("who", ["client", "server"])
