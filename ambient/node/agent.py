@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import fcntl
 import functools
 import logging
 import os
@@ -47,6 +48,7 @@ from ambient.settings import NodeSettings, read_settings
 
 BEAT_S: Final = 1.0
 SWEEP_S: Final = 60.0
+LOCK_S: Final = 0.2
 SILENT_S: Final = LAYOUT["AGENT_SILENT_S"]
 RETRY_S: Final = (1.0, 30.0)
 CROWDED: Final = "map flows is nearly full: ztunnel takes new connections within the node until there is room again"
@@ -93,9 +95,7 @@ class Agent:
 
     def __init__(self, settings: NodeSettings) -> None:
         self._settings = settings
-        run_dir = Path(settings.run_dir)
-        run_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
-        self._run_dir = run_dir
+        self._run_dir = run_dir = Path(settings.run_dir)
         self._records = Records(run_dir / "agent.json")
         self._names = Names(run_dir / "names.json")
         self._client: KubeClient | None = None
@@ -348,6 +348,23 @@ def _leaves(group: BaseExceptionGroup[Any]) -> list[BaseException]:
     return found
 
 
+async def _alone(run_dir: Path) -> None:
+    """Wait until no other agent works in this directory: two would give the same numbers to different names. The lock
+    is ours until this process ends. Raises OSError."""
+    run_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
+    path = run_dir / "agent.lock"
+    lock = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    said = False
+    while True:
+        try:
+            return fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            if not said:
+                log.warning("%s: another agent works here; waiting for its end", path)
+            said = True
+        await asyncio.sleep(LOCK_S)
+
+
 async def _main(settings: NodeSettings) -> None:
     task = asyncio.current_task()
     assert task is not None
@@ -355,6 +372,7 @@ async def _main(settings: NodeSettings) -> None:
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, task.cancel)
     try:
+        await _alone(Path(settings.run_dir))
         await Agent(settings).run()
     except asyncio.CancelledError:
         log.info("ended; what is enrolled stays so")

@@ -255,6 +255,52 @@ async def _holder_connected(node: RealNode) -> bool:
     return bool(status.get("holder", {}).get("connected")) and node.pid("holder") == node.holder.pid  # type: ignore[union-attr]
 
 
+async def test_of_two_agents_the_second_waits_for_the_end_of_the_first(node: RealNode) -> None:
+    """They would give the same numbers to different names. A holder that was killed before it wrote down its agent's
+    process, or whose agent runs a file that was replaced since, starts another one."""
+    pod, sandbox = await added(node, "only")
+    first = node.pid("agent")
+    assert node.holder is not None
+    node.holder.kill()
+    node.holder.wait()
+    (node.run_dir / "agent.pid").unlink()
+    node.start()
+    await node.until((node.run_dir / "agent.pid").exists, "another agent")
+    second = node.pid("agent")
+    try:
+        await node.until(lambda: b"agent.lock" in _files(second), "it to be at its start")
+
+        async def connected() -> bool:
+            status = await node.status()
+            return bool(status["pid"] == first and status["holder"]["connected"])
+
+        await node.until(connected, "the first to be the new holder's")
+        later, other = await added(node, "while", "shop")
+        await gone(node, later, other)
+        assert (await node.status())["pid"] == first and second != first
+    finally:
+        os.kill(first, signal.SIGKILL)
+
+    async def taken_over() -> bool:
+        status = await node.status()
+        return bool(status["ready"] and status["pid"] == second)
+
+    await node.until(taken_over, "the second to take over")
+    await node.reaches("only", "enrolled")
+    await gone(node, pod, sandbox)
+
+
+def _files(pid: int) -> bytes:
+    """What a process has open."""
+    found = b""
+    for entry in os.scandir(f"/proc/{pid}/fd"):
+        try:
+            found += os.readlink(entry.path).encode() + b" "
+        except FileNotFoundError:
+            pass
+    return found
+
+
 async def test_without_an_agent_add_fails_and_del_succeeds(node: RealNode) -> None:
     living, home = await added(node, "before")
     pod = await node.pod("unlucky", "shop")
