@@ -153,6 +153,13 @@ def test_the_table_of_costs_is_that_of_the_runs_it_names() -> None:
         assert f"| {title} | {' | '.join(cells)} |" in README.splitlines()
 
 
+def test_every_file_of_a_nodes_run_directory_is_listed() -> None:
+    text = (ROOT / "ARCHITECTURE.md").read_text().partition("## Files and sockets")[2].partition("\n## ")[0]
+    sources = "".join(path.read_text() for area in ("ambient", "ztunnel") for path in (ROOT / area).rglob("*.py"))
+    made = set(re.findall(r"run_dir\)? / f?\"(\w[\w.]+)\"", sources))
+    assert made == set(re.findall(r"`([\w.]+\.(?:sock|json|lock|pid))`", text))
+
+
 def test_ports_are_the_same_in_python_and_c() -> None:
     for name, constant in (
         ("PORT_OUTBOUND", ports.OUTBOUND),
