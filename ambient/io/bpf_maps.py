@@ -7,6 +7,7 @@ a process that forks opens its own.
 
 from __future__ import annotations
 
+import errno
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -130,6 +131,16 @@ class TypedMap(Generic[K, V]):
     def insert(self, key: K, value: V) -> None:
         """Like item assignment, but a BpfFault with EEXIST if there is such an entry."""
         self.table.update(self._key.encode(key), self._value.encode(value), bpf_sys.NOEXIST)
+
+    def replace(self, key: K, value: V) -> bool:
+        """Like item assignment where there is such an entry; whether there was."""
+        try:
+            self.table.update(self._key.encode(key), self._value.encode(value), bpf_sys.EXIST)
+        except bpf_sys.BpfFault as fault:
+            if fault.errno == errno.ENOENT:
+                return False
+            raise
+        return True
 
     def delete(self, key: K) -> bool:
         """Whether there was such an entry."""

@@ -7,6 +7,7 @@ so what ends while nobody reads is read later, and nothing that a killed process
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -18,6 +19,7 @@ from ambient.errors import AmbientError
 from ambient.io import sock_diag
 from ambient.io.bpf_maps import Maps
 from ambient.io.bpf_ring import RingReader
+from ambient.io.bpf_sys import NOEXIST, BpfFault
 
 CLOSED: Final = LAYOUT["END_CLOSED"]
 NetnsOf = Callable[[int], int | None]
@@ -92,9 +94,22 @@ class FlowReader:
                 if flow.client.flags & CLOSED:
                     half.add(mark)
                 continue
-            if (taken := table.take(raw)) is not None:
+            if (taken := self._take(raw, flow)) is not None:
                 yield raw + taken + time.monotonic_ns().to_bytes(8, "little")
         self._half = half
+
+    def _take(self, raw: bytes, flow: FlowValue) -> bytes | None:
+        """Take that very flow. A connection that has its addresses by now lives, and must stay where it is found."""
+        table = self._maps.tables["flows"]
+        now = table.lookup(raw)
+        if now is None or not _is_same(now, flow):
+            return None
+        taken = table.take(raw)
+        if taken is None or _is_same(taken, flow):
+            return taken
+        with contextlib.suppress(BpfFault):  # the next one has the place already
+            table.update(raw, taken, NOEXIST)
+        return None
 
     def live(self, netns_of: NetnsOf, wanted: Iterable[tuple[TupleKey, FlowValue]] | None = None) -> list[LiveFlow]:
         """Flows that are not over, with both directions' bytes, asked of the client's socket. Raises BpfFault."""
@@ -118,6 +133,11 @@ class FlowReader:
                 return {s.cookie: s for s in sock_diag.dump(sock)}
         except (OSError, AmbientError):
             return {}
+
+
+def _is_same(raw: bytes, flow: FlowValue) -> bool:
+    found = FlowValue.decode(raw)
+    return (found.client.cookie, found.created_ns) == (flow.client.cookie, flow.created_ns)
 
 
 def _live(key: TupleKey, value: FlowValue, sockets: dict[int, sock_diag.TcpSocket]) -> LiveFlow:

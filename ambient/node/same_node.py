@@ -291,7 +291,7 @@ class SameNode:
             self._close(diags, theirs())
         for key, flow in theirs():
             client, server = (_closed(end) for end in (flow.client, flow.server))
-            self._maps.flows[key] = _with_ends(flow, client, server)
+            self._maps.flows.replace(key, _with_ends(flow, client, server))  # who was told of meanwhile is not again
 
     def _close(self, diags: _Diags, flows: Iterable[tuple[TupleKey, FlowValue]]) -> None:
         for key, flow in flows:

@@ -289,6 +289,30 @@ class TestRoom:
         assert not closed(reader), "told of once"
         reader.close()
 
+    @pytest.mark.parametrize("moment", ["items", "lookup"])
+    def test_a_flow_that_has_the_place_of_one_that_ended_stays(self, node, monkeypatch, moment):
+        """The addresses are used again while the sweep is under way."""
+        key = TupleKey("192.0.2.1", "192.0.2.2", 80, 40000)
+        ended = FlowValue.decode(bytes(FlowValue.size()))
+        ended = replace(ended, client=replace(ended.client, cookie=1, flags=LAYOUT["END_CLOSED"]))
+        lives = replace(ended, client=replace(ended.client, cookie=2, flags=0), created_ns=5)
+        node.maps.flows[key] = ended
+        table = node.maps.tables["flows"]
+        look = getattr(table, moment)
+
+        def and_then_another(*wanted: bytes) -> object:
+            found = look(*wanted)
+            node.maps.flows[key] = lives
+            return found
+
+        reader = FlowReader(node.maps)
+        monkeypatch.setattr(table, moment, and_then_another)
+        assert not swept(reader)
+        monkeypatch.undo()
+        assert node.maps.flows[key] == lives
+        node.maps.flows[key] = ended
+        assert [e.value for e in swept(reader)] == [ended] and key not in node.maps.flows
+
     def test_a_flow_whose_server_is_gone_stays_with_its_client(self, node, pods):
         one = Held(node, *pods)
         one.server.setsockopt(socket.IPPROTO_TCP, TCP_REPAIR, 1)
@@ -334,6 +358,18 @@ class TestRevocation:
         agent = SameNode("n1", names, node.maps)
         agent.netns_of = {pod.cookie: pod.fd for pod in pods}.get
         return agent
+
+    def test_a_flow_that_ends_while_its_pod_does_is_told_of_once(self, node, held, agent, monkeypatch):
+        ended = node.maps.flows.items()
+        held.client.close()
+        held.server.close()
+        reader = FlowReader(node.maps)
+        until(lambda: held.key not in node.maps.flows, "its end")
+        closed(reader)
+        monkeypatch.setattr(node.maps.flows, "items", lambda: ended)
+        agent.remove([held.key.local])
+        assert held.key not in node.maps.flows and not swept(reader)
+        reader.close()
 
     def test_a_connection_in_no_flow_is_closed_with_its_right(self, node, pods, held, agent):
         """As one that was let in by an older layout, or whose client went on without its socket."""
