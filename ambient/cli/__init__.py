@@ -20,6 +20,7 @@ from ambient.errors import AmbientError, Misuse
 _COMMANDS: dict[str, tuple[str, str]] = {
     # name: (module:object, one line for the overview)
     "check": ("ambient.cli.check:check", "Can this machine run the mesh, and what is in the way?"),
+    "status": ("ambient.cli.status:status", "Do agent, ztunnel and control plane work on each node?"),
     "lab": ("ambient.cli.lab:lab", "Nodes and pods on this machine, with an API server."),
     "demo": ("ambient.cli.demo:demo", "Two nodes and a shop: enrol, encrypt, deny, un-enrol, step by step."),
     "workloads": ("ambient.cli.state:workloads", "What ztunnel knows of workloads."),
