@@ -237,11 +237,12 @@ class Maps:
             raise PlatformFault(f"{directory}/maps: {error.strerror}: run as root") from None
         if not there:
             found = sorted(path.name for path in Path(bpffs_dir).glob("v*-*")) if Path(bpffs_dir).is_dir() else []
-            raise LayoutMismatch(
-                f"{directory}/maps: no pinned maps of layout {LAYOUT.version}"
-                + (f"; found {', '.join(found)}: another version of ambient is running" if found else "")
-                + ": is `ambient node` running on this machine, with this bpffs_dir?"
+            step = (
+                f"{', '.join(found)} are there, of another version of ambient: use its program, or restart the node"
+                if found
+                else "is `ambient node` running on this machine, with this bpffs_dir?"
             )
+            raise LayoutMismatch(f"{directory}/maps: no pinned maps of layout {LAYOUT.version}: {step}")
         tables: dict[str, bpf_sys.Table] = {}
         try:
             for name, (key, value, entries) in SPEC.items():

@@ -168,7 +168,7 @@ def test_maps_of_another_size_are_refused(place):
 def test_pins_of_another_layout_are_not_opened_but_named(place):
     directory, _, _ = place
     bpffs.ensure(directory / "v1-00000000" / "maps")
-    with pytest.raises(LayoutMismatch, match=r"found v1-00000000: another version of ambient is running"):
+    with pytest.raises(LayoutMismatch, match="v1-00000000 are there, of another version of ambient"):
         Maps.open(directory)
     assert bpf_links.other_versions(directory) == ["v1-00000000"]
     bpf_links.unload(directory, ["v1-00000000"])
