@@ -78,7 +78,7 @@ def service_name(host: str) -> str:
     return f"{namespace}/{name}" if separator and "." not in namespace else host
 
 
-def kernel_row(row: Row, sent: int, received: int, service: str = "") -> Row:
+def kernel_row(row: Row, sent: int, received: int) -> Row:
     """A row of the map `flows` as one of all connections; bytes as the client's socket has them, -1 if unknown."""
     redirected = row["sent_redirected"] + row["received_redirected"]
     return {
@@ -88,7 +88,7 @@ def kernel_row(row: Row, sent: int, received: int, service: str = "") -> Row:
         "client": row["client"],
         "server": row["server"],
         "original": row["original"],
-        "service": service,
+        "service": row["service"],
         "sent": sent if sent >= 0 else None,
         "received": received if received >= 0 else None,
         "redirected": redirected,
@@ -114,9 +114,7 @@ def kernel_flows(node: NodeSettings, path: str | None = None) -> list[Row]:
             now_ns = time.monotonic_ns()
             for flow in FlowReader(maps).live(spaces.get):
                 (row,) = render.flows([(flow.key, flow.value)], names, now_ns)
-                dialled = names.at(flow.value.original)
-                service = dialled if dialled in names.services.values() else ""
-                rows.append(kernel_row(row, flow.sent, flow.received, service))
+                rows.append(kernel_row(row, flow.sent, flow.received))
         if path in (None, "plain"):
             looker = Looker(maps, names, spaces)
             rows += looker.rows()

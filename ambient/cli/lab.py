@@ -8,7 +8,7 @@ from pathlib import Path
 
 import click
 
-from ambient.cli.output import emit, output_option
+from ambient.cli.output import Group, emit, output_option
 from ambient.errors import ConfigFault
 from ambient.lab import lifecycle, record
 from ambient.lab.topology import Lab
@@ -17,7 +17,7 @@ _name = click.option("--name", help="Name of the lab; needed only if several run
 _namespace = click.option("-n", "--namespace", default="default", show_default=True, help="Namespace of the pod.")
 
 
-@click.group()
+@click.group(cls=Group)
 def lab() -> None:
     """Nodes and pods on this machine: no cluster, no container runtime, the real mesh.
 

@@ -64,7 +64,7 @@ _NOT_IN_TABLE = {
     "authorized": ("generation",),
     "listeners": ("socket_cookie",),
     "sockets": ("socket_cookie",),
-    "flows": ("generation",),
+    "flows": ("generation", "service"),
 }
 
 

@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 
 import click
 
-from ambient.cli.output import emit, output_option
+from ambient.cli.output import Group, emit, output_option
 from ambient.cli.target import LABS, find_lab
 from ambient.errors import ConfigFault
 from ambient.io.kube import ApiStatus, KubeClient
@@ -50,7 +50,7 @@ def is_enrolled(pod: Pod) -> bool:
     return pod.annotations.get(REDIRECTION) == "enabled"
 
 
-@click.group()
+@click.group(cls=Group)
 def namespace() -> None:
     """List, enrol and unenrol namespaces.
 

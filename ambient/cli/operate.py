@@ -10,7 +10,7 @@ from urllib.parse import urlencode
 
 import click
 
-from ambient.cli.output import emit, output_option
+from ambient.cli.output import Group, emit, output_option
 from ambient.cli.target import Target, find_nodes, from_each, target_options
 from ambient.datapath.drift import differing
 from ambient.errors import Misuse
@@ -29,7 +29,7 @@ def _agent(node: NodeSettings, method: str, path: str) -> Any:
     return json.loads(ask(Path(node.run_dir) / "agent.sock", path, method))
 
 
-@click.group()
+@click.group(cls=Group)
 def bypass() -> None:
     """Switch capture off in the kernel, at once, and on again. For when the mesh itself is in the way.
 

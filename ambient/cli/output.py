@@ -30,6 +30,16 @@ def output_option(function: _F) -> _F:
     )(function)
 
 
+class Group(click.Group):
+    """A group whose help shows what each command does in a whole sentence."""
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        with formatter.section("Commands"):
+            formatter.write_dl(
+                [(name, self.commands[name].get_short_help_str(limit=200)) for name in self.list_commands(ctx)]
+            )
+
+
 def cell(value: Any) -> str:
     """Text of one table cell; nothing is shown as ``-`` so that columns can be cut by position."""
     if value is None or value in ("", [], ()):

@@ -66,7 +66,7 @@ def plain_row(pod: Pod, found: TcpSocket, names: Names, reason: str) -> Row:
         "client": theirs if accepted else ours,
         "server": ours if accepted else theirs,
         "original": ours if accepted else theirs,
-        "service": other if other in names.services.values() else "",
+        "service": names.service_at(found.remote),
         "sent": into if accepted else out,
         "received": out if accepted else into,
         "redirected": 0,

@@ -39,6 +39,11 @@ class Names:
     def at(self, address: str) -> str:
         return self.addresses.get(address, "")
 
+    def service_at(self, address: str) -> str:
+        """The service whose virtual address it is; empty if it is none's."""
+        found = self.at(address)
+        return found if found in self.services.values() else ""
+
 
 def short_workload(uid: str) -> str:
     """``cluster//Pod/namespace/name`` -> ``namespace/name``; other kinds stay as they are."""
@@ -172,6 +177,7 @@ def flows(entries: Iterable[tuple[v.TupleKey, v.FlowValue]], names: Names, now_n
             "client": socket_text(key.remote, key.remote_port),
             "server": socket_text(key.local, key.local_port),
             "original": socket_text(e.original, e.original_port),
+            "service": names.service_at(e.original),
             "identity": names.identities.get(e.identity) or e.identity,
             "policy": names.policies.get(e.policy) or e.policy or "",
             "acceleration": ACCELERATIONS.get(e.acceleration, str(e.acceleration)),

@@ -214,3 +214,8 @@ def test_a_process_that_ended_and_was_not_waited_for_does_not_run(tmp_path: Path
     assert lifecycle._pid_file(file) == 0
     process.wait()
     assert lifecycle._pid_file(file) == 0
+
+
+@pytest.mark.parametrize("words", [["lab"], ["namespace"], ["bypass"]])
+def test_the_help_of_a_group_cuts_no_sentence(words: list[str]) -> None:
+    assert "..." not in CliRunner().invoke(cli, [*words, "--help"]).output.partition("Commands:")[2]

@@ -22,9 +22,8 @@ DIALLED = TcpSocket(2, 1, "10.0.0.1", 40000, "10.0.0.9", 9000, cookie=5, sent=6,
 """One that pod a opened; its SYN counts as a byte."""
 TAKEN = TcpSocket(2, 1, "10.0.0.1", 8080, "10.0.0.9", 41000, cookie=6, sent=7, received=5, cgroup=3)
 MESH = 77
-KERNEL = dict.fromkeys(("source", "destination", "client", "server", "original", "identity", "policy"), "") | {
-    "sent_redirected": 0, "received_redirected": 0, "age_s": 1.0, "state": "open", "acceleration": "direct"
-}  # fmt: skip
+NAMES_OF = ("source", "destination", "client", "server", "original", "identity", "policy", "service", "state")
+KERNEL = dict.fromkeys((*NAMES_OF, "acceleration"), "") | {"sent_redirected": 0, "received_redirected": 0, "age_s": 1.0}
 
 
 def plain(found: TcpSocket, flows: frozenset[int] = frozenset()) -> bool:

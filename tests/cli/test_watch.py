@@ -123,12 +123,12 @@ def test_a_connection_of_ztunnel_is_seen_from_its_source_on_both_sides() -> None
 def test_a_kernel_flow_is_redirect_once_bytes_were_redirected() -> None:
     row = dict.fromkeys(
         ("source", "destination", "client", "server", "original", "identity", "policy", "state", "acceleration"), "x"
-    )
+    ) | {"service": ""}
     direct = kernel_row({**row, "sent_redirected": 0, "received_redirected": 0, "age_s": 2.0}, 5, 7)
     assert (direct["path"], direct["sent"], direct["received"]) == ("direct", 5, 7)
     moved = kernel_row({**row, "sent_redirected": 0, "received_redirected": 3, "age_s": 2.0}, -1, 10)
     assert (moved["path"], moved["sent"], moved["received"], moved["redirected"]) == ("redirect", None, 10, 3)
-    named = kernel_row({**row, "sent_redirected": 0, "received_redirected": 0, "age_s": 2.0}, 5, 7, "shop/web")
+    named = {**direct, "service": "shop/web"}
     assert Filter(service="web").matches(named) and not Filter(service="web").matches(direct)
     assert set(direct) == set(ztunnel_row(CONNECTION))  # one kind of row, whatever the path
 
