@@ -34,6 +34,13 @@ static __always_inline int is_here(__u64 entry_netns, __u64 netns)
 	return !entry_netns || entry_netns == netns;
 }
 
+/* Whether a workload has its share of per-flow entries. Signed: two sockets that close at the same time may take the count
+ * below zero, where connections from before the pod's entry was written anew are not in it, and that is nothing used. */
+static __always_inline int share_is_used(const struct enrolled_value *pod)
+{
+	return (__s32)pod->flows >= (__s32)pod->flows_max;
+}
+
 /* The same connection seen from its other end. */
 static __always_inline struct tuple_key other_end(const struct tuple_key *key)
 {

@@ -32,7 +32,7 @@ static __always_inline enum reason plan_connect(struct bpf_sock_addr *ctx, struc
 	reason = outbound(record, *pod, stream, &source);
 	if (!turned(reason))
 		return reason;
-	if (stream && reason != REASON_DNS && (*pod)->flows >= (*pod)->flows_max) {
+	if (stream && reason != REASON_DNS && share_is_used(*pod)) {
 		__sync_fetch_and_add(&(*pod)->refused, 1);
 		return REASON_SHARE_EXCEEDED;
 	}

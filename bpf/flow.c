@@ -60,7 +60,7 @@ static __always_inline void write_flow(struct bpf_sock_ops *ctx, struct bpf_sock
 		count(REASON_FOREIGN_SOURCE);
 		return;
 	}
-	if (pod->flows >= pod->flows_max) {
+	if (share_is_used(pod)) {
 		__sync_fetch_and_add(&pod->refused, 1);
 		count(REASON_SHARE_EXCEEDED);
 		return;

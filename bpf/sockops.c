@@ -32,7 +32,7 @@ static __always_inline void write_redirect(struct bpf_sock_ops *ctx, struct pend
 	if (!pod)
 		return; /* un-enrolled since connect: ztunnel closes what it has no record of */
 	/* A deferred fast open may get here long after it was admitted. */
-	if (pod->flows >= pod->flows_max) {
+	if (share_is_used(pod)) {
 		__sync_fetch_and_add(&pod->refused, 1);
 		count(REASON_SHARE_EXCEEDED);
 		return;
@@ -186,7 +186,7 @@ static __always_inline void give_share_back(const struct pending_value *kept)
 	__u64 netns = kept->netns;
 	struct enrolled_value *pod = enrolled.lookup(&netns);
 
-	if (pod && pod->flows)
+	if (pod && (__s32)pod->flows > 0)
 		__sync_fetch_and_add(&pod->flows, -1);
 }
 

@@ -172,7 +172,7 @@ def _connect(steps: _Steps, facts: Facts) -> str:
         now_ns=kernel.now_ns,
     )
     reason = reason_name(decide.decide_outbound(out, kernel.settings))
-    if reason in ("captured", "not_synced") and enrolled.flows >= enrolled.flows_max:
+    if reason in ("captured", "not_synced") and enrolled.flows_max <= enrolled.flows < 2**31:
         reason = "share_exceeded"
     known = []
     if kernel.service:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import socket
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -347,6 +348,16 @@ class TestLimits:
         app.connect("10.96.0.1", 80)
         app.kill()
         until(lambda: node.maps.enrolled[pod.cookie].flows == 0, "closed sockets give their share back")
+
+    def test_a_count_below_zero_refuses_nobody(self, node, a):
+        """Two sockets of before the pod's entry was written anew that close at once may have taken it there."""
+        app = a.puppet()
+        node.maps.enrolled[a.cookie] = replace(node.maps.enrolled[a.cookie], flows=2**32 - 2)
+        slots = [app.connect("10.96.0.1", 80) for _ in range(3)]
+        assert node.maps.enrolled[a.cookie].flows == 1
+        for slot in slots:
+            app.call("reset", slot)
+        assert node.maps.enrolled[a.cookie].flows == 0
 
     def test_deferred_fast_opens_do_not_slip_past_the_share(self, node, make_pod):
         pod = make_pod()
