@@ -51,6 +51,12 @@ def bytes_received(flow: FlowValue) -> int:
     return flow.server.native_bytes + flow.server.redirect_bytes
 
 
+def never_accepted(flow: FlowValue) -> bool:
+    """Of a closed flow: no server had a socket for it. One whose addresses were used again has lost its server's,
+    but not what was sent."""
+    return not flow.server.cookie and not bytes_sent(flow) and not bytes_received(flow)
+
+
 class FlowReader:
     """On a node's open maps, which stay the caller's. Only one process may call `consume`."""
 

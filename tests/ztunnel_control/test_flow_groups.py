@@ -119,6 +119,38 @@ def test_a_flow_told_of_while_it_lived_is_not_opened_twice(tmp_path: Path, monke
     assert value(told.metrics, "istio_tcp_sent_bytes_total") == 2 * 101
 
 
+def test_a_socket_that_is_used_again_is_another_flow(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Disconnected by AF_UNSPEC and connected anew, while its first server has not closed yet: one cookie."""
+    told = Told(tmp_path, monkeypatch)
+    first, second = ended(5, 100, 10), ended(5, 30, 3, created_ns=11_000_000)
+    for living, sent, received in ((first, 60, 5), (second, 20, 2)):
+        told.flows._tell(told.flows._progress(living.key, living.value, sent, received, 20_000_000))
+    told.flows._save()
+    assert set(told.flows._load()) == {(5, 10_000_000), (5, 11_000_000)}
+    told.flows._ended([first.encode(), second.encode()])
+    assert value(told.metrics, "istio_tcp_connections_opened_total") == 4
+    assert value(told.metrics, "istio_tcp_connections_closed_total") == 4
+    assert value(told.metrics, "istio_tcp_sent_bytes_total") == 2 * 130
+    assert value(told.metrics, "istio_tcp_received_bytes_total") == 2 * 13
+
+
+@pytest.mark.parametrize("told_before", [True, False])
+def test_a_flow_that_lost_its_server_to_the_next_one_has_not_failed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, told_before: bool
+) -> None:
+    """Its addresses were used again before its server closed; only the server had sent, or nobody."""
+    told = Told(tmp_path, monkeypatch)
+    if told_before:
+        living = ended(5)
+        told.flows._tell(told.flows._progress(living.key, living.value, 0, 0, 20_000_000))
+    received = 0 if told_before else 9
+    told.flows._ended([ended(5, 0, server=replace(END, cookie=0, native_bytes=received)).encode()])
+    assert value(told.metrics, "istio_tcp_connections_closed_total") == 2
+    assert value(told.metrics, "istio_tcp_received_bytes_total") == 2 * received
+    assert value(told.metrics, "istio_tcp_sockets_open") == 0
+    assert "kernel_connect_failed" not in told.flows.counters
+
+
 def test_a_group_is_made_anew_when_names_change(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     told = Told(tmp_path, monkeypatch)
     told.flows._ended([ended(1).encode()])

@@ -34,6 +34,10 @@ _WHO: Final = slice(offset_of("flow_event", "value.netns_client"), offset_of("fl
 """Namespaces, what was dialled, workloads, identity, policy."""
 
 
+Which = tuple[int, int]
+"""A flow: the cookie of its client's socket, which may be used for another connection, and when it was made."""
+
+
 @dataclass(frozen=True, slots=True)
 class Told:
     """What one reporter says of a flow of the group."""
@@ -64,16 +68,16 @@ class Groups:
         self._groups.clear()
 
     def sort(
-        self, records: list[bytes], known: Container[int], before: Container[int]
+        self, records: list[bytes], known: Container[Which], before: Container[Which]
     ) -> tuple[list[Group], list[bytes]]:
         """Groups with what ended in these flow_events, and the events that must be told one by one: of flows in
-        ``known`` or ``before`` (cookies of clients), those nobody accepted, and those no group can be made of."""
+        ``known`` or ``before``, those nobody accepted, and those no group can be made of."""
         touched: dict[bytes, Group] = {}
         single: list[bytes] = []
         for raw in records:
             port, client, native, moved, server, answered, answer_moved, created_ns, closed_ns = _NUMBERS.unpack(raw)
-            sent = native + moved
-            if client in known or client in before or not (server or sent):
+            sent, received, which = native + moved, answered + answer_moved, (client, created_ns)
+            if which in known or which in before or not (server or sent or received):
                 single.append(raw)
                 continue
             key = raw[:_PAIR_TO] + raw[_WHO]
@@ -84,7 +88,7 @@ class Groups:
                 except ValueError:
                     single.append(raw)
                     continue
-            group.flows.append((port, sent, answered + answer_moved, (closed_ns - created_ns + 500_000) // 1_000_000))
+            group.flows.append((port, sent, received, (closed_ns - created_ns + 500_000) // 1_000_000))
         return list(touched.values()), single
 
     def _group(self, key: bytes, raw: bytes) -> Group:

@@ -27,7 +27,7 @@ from ambient.datapath.render import socket_text
 from ambient.datapath.values import FlowEvent, FlowValue, TupleKey
 from ambient.errors import AmbientError
 from ambient.io.bpf_maps import Maps
-from ambient.io.flow_reader import FlowReader, bytes_received, bytes_sent
+from ambient.io.flow_reader import FlowReader, bytes_received, bytes_sent, never_accepted
 from ambient.model.address import parse_ip
 from ambient.model.world import World
 from ambient.node.messages import Pod
@@ -36,7 +36,7 @@ from ztunnel.core.attributes import describe
 from ztunnel.core.local import Local, identity_of
 from ztunnel.core.messages import ConnectionEvent
 from ztunnel.io import access_log
-from ztunnel.io.flow_groups import Group, Groups, Told
+from ztunnel.io.flow_groups import Group, Groups, Told, Which
 
 PROGRESS_S: Final = 10.0
 READ_S: Final = 0.05
@@ -77,8 +77,8 @@ class KernelFlows:
         self._soon: asyncio.TimerHandle | None = None
         self._see = see
         self._netns: dict[str, tuple[int, int]] = {}
-        self._known: dict[int, _Known] = {}
-        self._before: dict[int, tuple[int, int]] = {}
+        self._known: dict[Which, _Known] = {}
+        self._before: dict[Which, tuple[int, int]] = {}
         self._next = 1
         self._policies: dict[int, str] = {}
         self._reader: FlowReader | None = None
@@ -223,24 +223,24 @@ class KernelFlows:
 
     def _take(self, flow: FlowValue) -> tuple[_Known, bool]:
         """The flow's place, and whether it is new to this process."""
-        known = self._known.get(flow.client.cookie)
+        which = _which(flow)
+        known = self._known.get(which)
         if known is not None:
             return known, False
-        known = self._known[flow.client.cookie] = _Known(self._next, *self._before.pop(flow.client.cookie, (0, 0)))
+        known = self._known[which] = _Known(self._next, *self._before.pop(which, (0, 0)))
         self._next += 2
         return known, True
 
     def _closed(self, key: TupleKey, flow: FlowValue, closed_ns: int) -> list[ConnectionEvent]:
-        if not flow.server.cookie and not bytes_sent(flow):
-            # Nobody accepted it: refused, timed out or closed. The application was told so.
+        if never_accepted(flow) and _which(flow) not in self._known:
+            # Refused, timed out or closed. The application was told so.
             self._count("kernel_connect_failed")
-            self._known.pop(flow.client.cookie, None)
             return self._pair(key, flow, "failed", _Known(self._new_number(), 0, 0), 0, 0, closed_ns)
         known, new = self._take(flow)
         sent, received = bytes_sent(flow), bytes_received(flow)
         events = self._pair(key, flow, "opened", known, known.sent, known.received, closed_ns) if new else []
         events += self._pair(key, flow, "closed", known, sent, received, closed_ns)
-        del self._known[flow.client.cookie]
+        del self._known[_which(flow)]
         return events
 
     def _progress(self, key: TupleKey, flow: FlowValue, sent: int, received: int, now: int) -> list[ConnectionEvent]:
@@ -300,22 +300,26 @@ class KernelFlows:
 
     # --- across restarts
 
-    def _load(self) -> dict[int, tuple[int, int]]:
+    def _load(self) -> dict[Which, tuple[int, int]]:
         try:
-            return msgspec.json.decode(
-                (self._run_dir / "kernel_flows.json").read_bytes(), type=dict[int, tuple[int, int]]
-            )
+            raw = (self._run_dir / "kernel_flows.json").read_bytes()
+            rows = msgspec.json.decode(raw, type=list[tuple[int, int, int, int]])
         except (OSError, msgspec.DecodeError, UnicodeDecodeError):
             return {}
+        return {(cookie, created_ns): (sent, received) for cookie, created_ns, sent, received in rows}
 
     def _save(self) -> None:
-        told = {cookie: (known.sent, known.received) for cookie, known in self._known.items()}
+        told = [(*which, known.sent, known.received) for which, known in self._known.items()]
         aside = self._run_dir / ".kernel_flows.json.new"
         try:
             aside.write_bytes(msgspec.json.encode(told))
             aside.replace(self._run_dir / "kernel_flows.json")
         except OSError as error:
             _log.error("kernel_flows.json: %s", error)
+
+
+def _which(flow: FlowValue) -> Which:
+    return flow.client.cookie, flow.created_ns
 
 
 def _locked(fd: int) -> bool:
