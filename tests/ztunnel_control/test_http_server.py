@@ -18,6 +18,10 @@ Streams = tuple[asyncio.StreamReader, asyncio.StreamWriter]
 pytestmark = pytest.mark.timeout(30)
 
 
+def head(method: str, target: str) -> bytes:
+    return f"{method} {target} HTTP/1.1\r\nHost: node\r\n\r\n".encode("ascii")
+
+
 class Served:
     """A server on a unix socket; /wait answers when ``release`` is set. ``waiting`` counts what was asked for."""
 
@@ -78,7 +82,7 @@ def limit(name: str, seconds: float = 0.05) -> Iterator[None]:
 
 async def test_a_request_is_answered_and_the_connection_ends(tmp_path: Path) -> None:
     async with serving(tmp_path) as served:
-        raw = await served.say(b"GET /?a=b HTTP/1.1\r\n\r\nGET /?a=second HTTP/1.1\r\n\r\n")
+        raw = await served.say(head("GET", "/?a=b") + head("GET", "/?a=second"))
         assert raw.startswith(b"HTTP/1.1 200 OK\r\n") and raw.endswith(b"\r\n\r\nGET b\n")
         assert b"second" not in raw and raw.count(b"HTTP/1.1") == 1
         assert (await served.say(b"POST /set HTTP/1.0\r\n\r\n")).endswith(b"\r\n\r\nPOST \n")
@@ -86,14 +90,14 @@ async def test_a_request_is_answered_and_the_connection_ends(tmp_path: Path) -> 
 
 async def test_an_answer_to_head_has_no_body(tmp_path: Path) -> None:
     async with serving(tmp_path) as served:
-        raw = await served.say(b"HEAD / HTTP/1.1\r\n\r\n")
+        raw = await served.say(head("HEAD", "/"))
         assert b"\r\nContent-Length: 6\r\n" in raw and raw.endswith(b"\r\n\r\n")
 
 
 async def test_a_request_that_arrives_in_pieces_is_put_together(tmp_path: Path) -> None:
     async with serving(tmp_path) as served:
         reader, writer = await served.connect()
-        for byte in b"GET / HTTP/1.1\r\n\r\n":
+        for byte in head("GET", "/"):
             writer.write(bytes([byte]))
             await asyncio.sleep(0)
         assert (await reader.read()).endswith(b"GET \n")
@@ -104,10 +108,13 @@ async def test_a_request_that_arrives_in_pieces_is_put_together(tmp_path: Path) 
     ("raw", "status"),
     [
         (b"nonsense\r\n\r\n", b"400 Bad Request"),
-        (b"GET /none HTTP/1.1\r\n\r\n", b"404 Not Found"),
-        (b"POST / HTTP/1.1\r\n\r\n", b"405 Method Not Allowed"),
-        (b"HEAD /set HTTP/1.1\r\n\r\n", b"405 Method Not Allowed"),
-        (b"GET / HTTP/1.1\r\nx: " + bytes(HEAD_BYTES_MAX).replace(b"\0", b"x"), b"431 Request Header Fields Too Large"),
+        (head("GET", "/none"), b"404 Not Found"),
+        (head("POST", "/"), b"405 Method Not Allowed"),
+        (head("HEAD", "/set"), b"405 Method Not Allowed"),
+        (
+            b"GET / HTTP/1.1\r\nHost: node\r\nx: " + bytes(HEAD_BYTES_MAX).replace(b"\0", b"x"),
+            b"431 Request Header Fields Too Large",
+        ),
     ],
 )
 async def test_what_cannot_be_answered_is_refused(tmp_path: Path, raw: bytes, status: bytes) -> None:
@@ -117,8 +124,8 @@ async def test_what_cannot_be_answered_is_refused(tmp_path: Path, raw: bytes, st
 
 async def test_a_view_that_fails_is_an_error_of_that_request_only(tmp_path: Path) -> None:
     async with serving(tmp_path) as served:
-        assert (await served.say(b"GET /fail HTTP/1.1\r\n\r\n")).startswith(b"HTTP/1.1 500 ")
-        assert (await served.say(b"GET / HTTP/1.1\r\n\r\n")).startswith(b"HTTP/1.1 200 ")
+        assert (await served.say(head("GET", "/fail"))).startswith(b"HTTP/1.1 500 ")
+        assert (await served.say(head("GET", "/"))).startswith(b"HTTP/1.1 200 ")
 
 
 async def test_a_client_that_says_nothing_is_told_that_its_time_is_over(tmp_path: Path) -> None:
@@ -132,7 +139,7 @@ async def test_a_client_that_does_not_read_is_cut_off(tmp_path: Path) -> None:
         async with serving(tmp_path) as served:
             reader, writer = await served.connect()
             writer.transport.pause_reading()  # type: ignore[attr-defined]
-            writer.write(b"GET /large HTTP/1.1\r\n\r\n")
+            writer.write(head("GET", "/large"))
             await served.waiting.acquire()
             async with asyncio.timeout(10):
                 await served.server.close()
@@ -143,15 +150,15 @@ async def test_a_client_that_does_not_read_is_cut_off(tmp_path: Path) -> None:
 
 async def test_a_client_that_reads_slowly_gets_all(tmp_path: Path) -> None:
     async with serving(tmp_path) as served:
-        assert len(await served.say(b"GET /large HTTP/1.1\r\n\r\n")) > LARGE
+        assert len(await served.say(head("GET", "/large"))) > LARGE
 
 
 async def test_who_waited_longest_on_its_client_makes_room(tmp_path: Path) -> None:
     async with serving(tmp_path) as served:
         crowd = [await served.connect() for _ in range(CONNECTIONS_MAX)]
-        assert (await served.say(b"GET / HTTP/1.1\r\n\r\n")).endswith(b"GET \n")
+        assert (await served.say(head("GET", "/"))).endswith(b"GET \n")
         assert await crowd[0][0].read() == b""
-        crowd[1][1].write(b"GET / HTTP/1.1\r\n\r\n")
+        crowd[1][1].write(head("GET", "/"))
         assert (await crowd[1][0].read()).endswith(b"GET \n"), "only the first had to go"
         for _, writer in crowd:
             writer.close()
@@ -159,7 +166,7 @@ async def test_who_waited_longest_on_its_client_makes_room(tmp_path: Path) -> No
 
 async def test_what_is_being_answered_makes_no_room(tmp_path: Path) -> None:
     async with serving(tmp_path) as served:
-        crowd = [asyncio.create_task(served.say(b"GET /wait HTTP/1.1\r\n\r\n")) for _ in range(CONNECTIONS_MAX)]
+        crowd = [asyncio.create_task(served.say(head("GET", "/wait"))) for _ in range(CONNECTIONS_MAX)]
         for _ in crowd:
             await served.waiting.acquire()
         refused = await served.connect()
@@ -167,14 +174,14 @@ async def test_what_is_being_answered_makes_no_room(tmp_path: Path) -> None:
         refused[1].close()
         served.release.set()
         assert all(raw.endswith(b"at last\n") for raw in await asyncio.gather(*crowd))
-        assert (await served.say(b"GET / HTTP/1.1\r\n\r\n")).endswith(b"GET \n")
+        assert (await served.say(head("GET", "/"))).endswith(b"GET \n")
 
 
 async def test_closing_gives_what_is_being_answered_its_time_and_ends_the_rest(tmp_path: Path) -> None:
     with limit("STOP_S"):
         async with serving(tmp_path) as served:
             silent = await served.connect()
-            stuck = asyncio.create_task(served.say(b"GET /wait HTTP/1.1\r\n\r\n"))
+            stuck = asyncio.create_task(served.say(head("GET", "/wait")))
             await served.waiting.acquire()
             await served.server.close()
             assert await silent[0].read() == b"" and await stuck == b""

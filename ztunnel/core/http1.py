@@ -1,25 +1,23 @@
-"""A request of HTTP/1.1 as the admin endpoint understands it, and an answer as bytes. Pure.
+"""One request and its answer, as the admin endpoint speaks HTTP/1.1: h11 knows the protocol, the rules are here.
 
-Only what such an endpoint is asked: a method, a path, a query, and no body. One connection carries one request, so
-nothing after it is ever read as another; what is not plainly a request is refused.
+A request has a method, a path, a query and no body, and its connection ends with the answer, so nothing behind it is
+ever read as another.
 """
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass
 from http import HTTPStatus
 from typing import Final
 from urllib.parse import parse_qsl, unquote
+
+import h11
 
 HEAD_BYTES_MAX: Final = 16 * 1024
 """Of the request line and all headers."""
 PARAMETERS_MAX: Final = 32
 TEXT: Final = "text/plain; charset=utf-8"
 JSON: Final = "application/json"
-
-_REQUEST_LINE = re.compile(rb"([A-Z]{1,16}) (/[\x21-\x7e]*) HTTP/1\.[01]")
-_HEADER = re.compile(rb"([!#$%&'*+.^_`|~0-9A-Za-z-]+):([\t\x20-\x7e\x80-\xff]*)")
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,36 +43,47 @@ def text(body: str, status: HTTPStatus = HTTPStatus.OK) -> Answer:
     return Answer(body.encode(), status)
 
 
-def read_head(head: bytes) -> Request | Answer:
-    """``head`` ends with the empty line. Returns the refusal for what is no request, or one with a body."""
-    line, *headers = head.removesuffix(b"\r\n\r\n").split(b"\r\n")
-    found = _REQUEST_LINE.fullmatch(line)
-    if found is None:
-        return text("this is no request of HTTP/1.1 with a path\n", HTTPStatus.BAD_REQUEST)
-    for header in headers:
-        field = _HEADER.fullmatch(header)
-        if field is None:
-            return text("a header is malformed\n", HTTPStatus.BAD_REQUEST)
-        name, value = field[1].lower(), field[2].strip()
-        if name == b"transfer-encoding" or (name == b"content-length" and value.strip(b"0")):
-            return text("no request here has a body\n", HTTPStatus.REQUEST_ENTITY_TOO_LARGE)
-    path, _, query = found[2].decode("ascii").partition("?")
+class Exchange:
+    """`receive` until there is a request or the refusal of one, then `answer`, once."""
+
+    __slots__ = ("_http", "_is_head")
+
+    def __init__(self) -> None:
+        self._http = h11.Connection(h11.SERVER, max_incomplete_event_size=HEAD_BYTES_MAX)
+        self._is_head = False
+
+    def receive(self, data: bytes) -> Request | Answer | None:
+        """What the client sent next. Returns None for a part of a request, an Answer for what is none."""
+        try:
+            self._http.receive_data(data)
+            event = self._http.next_event()
+            if not isinstance(event, h11.Request):
+                return None
+            if not isinstance(self._http.next_event(), h11.EndOfMessage):
+                return text("no request here has a body\n", HTTPStatus.REQUEST_ENTITY_TOO_LARGE)
+        except h11.RemoteProtocolError as error:
+            return text(f"{error}\n", HTTPStatus(error.error_status_hint))
+        self._is_head = event.method == b"HEAD"
+        return _request(event.method.decode("ascii"), event.target.decode("ascii"))
+
+    def answer(self, answer: Answer, date: str) -> bytes:
+        """As bytes. ``date`` is as in HTTP; HEAD gets no body."""
+        headers = [
+            ("Date", date),
+            ("Content-Type", answer.content_type),
+            ("Content-Length", str(len(answer.body))),
+            *([("Allow", ", ".join(answer.allow))] if answer.allow else []),
+            ("Connection", "close"),
+        ]
+        body = [] if self._is_head else [h11.Data(answer.body)]
+        head = h11.Response(status_code=answer.status.value, reason=answer.status.phrase, headers=headers)
+        return b"".join(self._http.send(event) or b"" for event in (head, *body, h11.EndOfMessage()))
+
+
+def _request(method: str, target: str) -> Request | Answer:
+    path, _, query = target.partition("?")
     try:
         pairs = parse_qsl(query, keep_blank_values=True, errors="strict", max_num_fields=PARAMETERS_MAX)
-        return Request(found[1].decode("ascii"), unquote(path, errors="strict"), dict(pairs))
+        return Request(method, unquote(path, errors="strict"), dict(pairs))
     except ValueError:
         return text(f"the address is not UTF-8, or has more than {PARAMETERS_MAX} parameters\n", HTTPStatus.BAD_REQUEST)
-
-
-def encode(answer: Answer, date: str, *, body: bool = True) -> bytes:
-    """``date`` is as in HTTP; without ``body`` for an answer to HEAD. The connection ends with the answer."""
-    lines = [
-        f"HTTP/1.1 {answer.status.value} {answer.status.phrase}",
-        f"Date: {date}",
-        f"Content-Type: {answer.content_type}",
-        f"Content-Length: {len(answer.body)}",
-        *([f"Allow: {', '.join(answer.allow)}"] if answer.allow else []),
-        "Connection: close",
-    ]
-    head = "\r\n".join(lines).encode("ascii") + b"\r\n\r\n"
-    return head + answer.body if body else head

@@ -1,7 +1,8 @@
 """The admin endpoint's HTTP server: one request per connection, limits on its bytes, its time and their number.
 
-aiohttp would cost the control process 10 MB. Where connections are too many, the one that has waited longest
-on its client makes room, so that who opens connections and says nothing, or reads nothing, keeps nobody out.
+aiohttp's has no limit on connections, and would cost the control process 10 MB. Where they are too many, the
+one that has waited longest on its client makes room, so that who opens connections and says nothing, or reads
+nothing, keeps nobody out.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from http import HTTPStatus
 from pathlib import Path
 from typing import Final
 
-from ztunnel.core.http1 import HEAD_BYTES_MAX, Answer, Request, encode, read_head, text
+from ztunnel.core.http1 import Answer, Exchange, Request, text
 
 CONNECTIONS_MAX: Final = 64
 """Of one server."""
@@ -24,6 +25,7 @@ HEAD_S: Final = 10.0
 READ_S: Final = 30.0
 """For a client to take its answer."""
 STOP_S: Final = 0.5
+_READ_BYTES: Final = 4096
 _log = logging.getLogger("ztunnel.admin")
 
 Handler = Callable[[Request], Awaitable[Answer]]
@@ -42,17 +44,17 @@ class HttpServer:
         """Connections that wait on their client, the longest first."""
 
     async def listen_unix(self, path: Path) -> None:
-        self._servers.append(await asyncio.start_unix_server(self._connected, path, limit=HEAD_BYTES_MAX))
+        self._servers.append(await asyncio.start_unix_server(self._connected, path))
 
     async def listen(self, host: str | None, port: int) -> None:
         """On every address if ``host`` is None. Raises OSError, as when the port is in use."""
         try:
-            server = await asyncio.start_server(self._connected, host, port, limit=HEAD_BYTES_MAX)
+            server = await asyncio.start_server(self._connected, host, port)
         except OSError as error:
             if host is not None or error.errno != errno.EADDRNOTAVAIL:
                 raise
             # IPv6 is switched off here
-            server = await asyncio.start_server(self._connected, "0.0.0.0", port, limit=HEAD_BYTES_MAX)
+            server = await asyncio.start_server(self._connected, "0.0.0.0", port)
         self._servers.append(server)
 
     async def close(self) -> None:
@@ -82,13 +84,14 @@ class HttpServer:
 
     async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         try:
-            request = await self._read(reader)
+            exchange = Exchange()
+            request = await self._read(reader, exchange)
             self._waiting.pop(writer, None)
             if request is None:
                 return
             answer = await self._answer(request) if isinstance(request, Request) else request
             date = time.strftime("%a, %d %b %Y %H:%M:%S GMT", time.gmtime())
-            writer.write(encode(answer, date, body=not (isinstance(request, Request) and request.method == "HEAD")))
+            writer.write(exchange.answer(answer, date))
             self._waiting[writer] = None
             writer.close()
             async with asyncio.timeout(READ_S):
@@ -99,17 +102,16 @@ class HttpServer:
             self._waiting.pop(writer, None)
             writer.transport.abort()
 
-    async def _read(self, reader: asyncio.StreamReader) -> Request | Answer | None:
+    async def _read(self, reader: asyncio.StreamReader, exchange: Exchange) -> Request | Answer | None:
         """The request, or its refusal; None if the client said none."""
         try:
             async with asyncio.timeout(HEAD_S):
-                return read_head(await reader.readuntil(b"\r\n\r\n"))
-        except asyncio.LimitOverrunError:
-            return text(f"the request exceeds {HEAD_BYTES_MAX} bytes\n", HTTPStatus.REQUEST_HEADER_FIELDS_TOO_LARGE)
+                while data := await reader.read(_READ_BYTES):
+                    if (request := exchange.receive(data)) is not None:
+                        return request
         except TimeoutError:
             return text(f"the request did not arrive within {HEAD_S:g} s\n", HTTPStatus.REQUEST_TIMEOUT)
-        except asyncio.IncompleteReadError:
-            return None
+        return None
 
     async def _answer(self, request: Request) -> Answer:
         methods = self._routes.get(request.path)
