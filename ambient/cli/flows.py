@@ -16,7 +16,7 @@ import click
 
 from ambient.cli.filters import Filter, filter_options
 from ambient.cli.maps import read_names
-from ambient.cli.output import emit, output_option
+from ambient.cli.output import emit, nothing, output_option
 from ambient.cli.plain import Looker
 from ambient.cli.pods import namespaces
 from ambient.cli.target import Target, find_nodes, from_each, target_options
@@ -188,7 +188,8 @@ def flows(
     nodes = find_nodes(target)
     if not watch:
         rows, complete = look(nodes, only, path)
-        emit(rows, output, _COLUMNS, empty=f"no connection matches {only}" if only else "no connection is open")
+        empty = f"no connection matches {only}" if only else "no connection is open"
+        emit(rows, output, _COLUMNS, empty=nothing(empty, complete))
         sys.exit(0 if complete else 1)
     rates = Rates()
     for now in ticks(interval, count):

@@ -88,6 +88,11 @@ def table(rows: Sequence[Row], columns: Sequence[str], width: int | None = None)
     return "\n".join(line.rstrip() for line in out.getvalue().splitlines())
 
 
+def nothing(text: str, complete: bool) -> str:
+    """What to say of no rows."""
+    return text if complete else f"{text}, as far as could be looked at"
+
+
 def emit(rows: Sequence[Row], output: str, columns: Sequence[str], empty: str = "nothing found") -> None:
     """Print the rows. JSON and YAML always hold every field, the table only ``columns``."""
     if output == "json":

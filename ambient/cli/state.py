@@ -12,7 +12,7 @@ from typing import Any
 
 import click
 
-from ambient.cli.output import emit, output_option
+from ambient.cli.output import emit, nothing, output_option
 from ambient.cli.target import Target, find_nodes, from_each, target_options
 from ambient.errors import PlatformFault
 from ambient.io.admin_client import ask, ask_json
@@ -144,7 +144,7 @@ def certificates(target: Target, output: str) -> None:
     found, complete = from_each(find_nodes(target), lambda node: ask_json(_socket(node), "/certificates"))
     rows = [row for node, held in found for one in held for row in certificate_rows(node, one)]
     columns = ("certificate_name", "type", "status", "valid_cert", "serial_number", "not_after", "not_before")
-    emit(rows, output, ("node", *columns), empty="no certificate is held")
+    emit(rows, output, ("node", *columns), empty=nothing("no certificate is held", complete))
     sys.exit(0 if complete else 1)
 
 
@@ -187,7 +187,7 @@ def connections(direction: str | None, target: Target, output: str) -> None:
         if direction is None or c["direction"].lower() == direction
     ]
     columns = ("node", "workload", "direction", "local", "remote", "remote_target", "protocol")
-    emit(rows, output, columns, empty="no connection is open")
+    emit(rows, output, columns, empty=nothing("no connection is open", complete))
     sys.exit(0 if complete else 1)
 
 

@@ -40,8 +40,8 @@ from ambient.settings import NodeSettings
 
 Row = dict[str, Any]
 NAMES_MAX, ENDPOINTS_MAX = 10, 16
-AGENT_S = 4.0
-"""How long an agent may take to answer; one that does not is looked past."""
+ANSWER_S = 4.0
+"""How long a process may take to answer; one that does not is looked past."""
 
 
 def split_destination(text: str) -> tuple[str, int]:
@@ -226,28 +226,31 @@ def _candidates(
     return tuple(found)
 
 
-def _ask_why(nodes: Iterable[NodeSettings], **query: Any) -> Row | None:
-    """The word of the first ztunnel that answers."""
-    for node in nodes:
-        try:
-            found: Row = ask_json(Path(node.run_dir) / "ztunnel.sock", f"/why?{urlencode(query)}")
-            return found
-        except PlatformFault:
-            continue
-    return None
+class Ztunnels:
+    """The ztunnels of the nodes; one that did not answer is said on stderr, once, and not asked again."""
 
+    def __init__(self) -> None:
+        self._silent: dict[str, PlatformFault] = {}
 
-def _world(nodes: Iterable[NodeSettings]) -> Row:
-    """What a ztunnel knows: the first that answers, it is the same on all. Raises the first fault."""
-    first: PlatformFault | None = None
-    for node in nodes:
-        try:
-            found: Row = ask_json(Path(node.run_dir) / "ztunnel.sock", "/config_dump")
-            return found
-        except PlatformFault as fault:
-            click.echo(f"ambient: {node.node_name}: {fault}", err=True)
-            first = first or fault
-    raise first or PlatformFault("no node to ask")
+    def first(self, nodes: Iterable[NodeSettings], path: str, **query: Any) -> Row | None:
+        """The word of the first that answers."""
+        for node in nodes:
+            if node.node_name in self._silent:
+                continue
+            try:
+                found: Row = ask_json(Path(node.run_dir) / "ztunnel.sock", f"{path}?{urlencode(query)}", ANSWER_S)
+                return found
+            except PlatformFault as fault:
+                click.echo(f"ambient: {node.node_name}: {fault}", err=True)
+                self._silent[node.node_name] = fault
+        return None
+
+    def world(self, nodes: Iterable[NodeSettings]) -> Row:
+        """What the first that answers knows: it is the same on all. Raises the first fault if none does."""
+        found = self.first(nodes, "/config_dump")
+        if found is None:
+            raise next(iter(self._silent.values()), PlatformFault("no node to ask"))
+        return found
 
 
 def _listening(nodes: dict[str, NodeSettings], answer: Row | None) -> dict[str, bool]:
@@ -282,7 +285,7 @@ def _deaf(nodes: dict[str, NodeSettings], ends: Collection[tuple[str, int]]) -> 
 def _agents(nodes: dict[str, NodeSettings], path: str) -> dict[str, Row]:
     """What each node's agent answers; one that does not is said on stderr."""
     return dict(
-        from_each(tuple(nodes.values()), lambda node: ask_json(Path(node.run_dir) / "agent.sock", path, AGENT_S))[0]
+        from_each(tuple(nodes.values()), lambda node: ask_json(Path(node.run_dir) / "agent.sock", path, ANSWER_S))[0]
     )
 
 
@@ -298,14 +301,15 @@ def gather(name: str, destination: str, family: int, nodes: dict[str, NodeSettin
     source = find_source(name, statuses)
     node = nodes[source.node]
     everyone = (node, *(other for other in nodes.values() if other is not node))
-    dump = _world(everyone)
+    ztunnels = Ztunnels()
+    dump = ztunnels.world(everyone)
     address, what = resolve(host, port, source.name.partition("/")[0], dump, family)
     kernel = _kernel(node, source.cookie, address, port)
-    answer = _ask_why((node,), source=source.uid, ip=address, port=port) if kernel.enrolled else None
+    answer = ztunnels.first((node,), "/why", source=source.uid, ip=address, port=port) if kernel.enrolled else None
     own = next((a for a in source.addresses if (":" in a) is (":" in address)), "")
 
     def arrival(ip: str, number: int) -> Arrival:
-        said = _ask_why(everyone, ip=ip, port=number, source_ip=own)
+        said = ztunnels.first(everyone, "/why", ip=ip, port=number, source_ip=own)
         verdict = said["verdicts"][0] if said is not None and said["verdicts"] else None
         at = nodes.get((verdict or {}).get("node", ""))
         return Arrival(socket_text(ip, number), verdict, _kernel(at, 0, ip, number) if at is not None else None)

@@ -15,9 +15,12 @@ import pytest
 from click.testing import CliRunner
 
 from ambient.cli import cli, target
+from ambient.cli.why import Ztunnels
 from ambient.datapath.drift import compare, differing
 from ambient.datapath.render import Names
 from ambient.datapath.values import ServiceKey, ServiceValue, WorkloadValue
+from ambient.errors import PlatformFault
+from ambient.settings import NodeSettings
 
 
 class Agent:
@@ -178,3 +181,24 @@ def test_what_one_node_says_is_shown_though_another_is_silent(
     assert result.exit_code == code
     assert [row["node"] for row in json.loads(result.stdout)] == ["n1"]
     assert "ambient: n2: " in result.stderr and "is the node running?" in result.stderr
+
+
+def test_a_ztunnel_that_did_not_answer_is_asked_once(
+    agent: Agent, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    silent, answering = (NodeSettings(node_name=n, run_dir=str(tmp_path / n)) for n in ("n1", "n2"))
+    (tmp_path / "n2").mkdir()
+    (tmp_path / "n2" / "ztunnel.sock").symlink_to(tmp_path / "agent.sock")
+    agent.answers["/config_dump"] = {"services": []}
+    ztunnels = Ztunnels()
+    assert ztunnels.world((silent, answering)) == {"services": []}
+    assert ztunnels.first((silent, answering), "/config_dump") == {"services": []}
+    assert capsys.readouterr().err.count("n1: ") == 1
+    assert ztunnels.first((silent,), "/why", port=80) is None
+    with pytest.raises(PlatformFault, match=r"n1/ztunnel\.sock: nobody listens"):
+        ztunnels.world((silent,))
+
+
+def test_no_connection_is_not_claimed_where_nobody_could_be_asked(agent: Agent) -> None:
+    result = agent.run("connections")
+    assert result.exit_code == 1 and "as far as could be looked at" in result.output

@@ -7,6 +7,7 @@ import os
 import signal
 import time
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -65,6 +66,53 @@ def test_a_client_outside_the_mesh_is_refused_under_strict_only(mesh: Mesh, shop
     eventually(lambda: not goes(mesh, outside, "x", address, PORT), 5, "the connection to be refused")
     assert why(mesh, f"{shop}/a", f"{address}:{PORT}")[0]["allowed"] is True
     mesh.remove(shop, "peerauthentication", "strict")
+
+
+def test_a_client_outside_the_mesh_is_followed_behind_a_service(mesh: Mesh, shop: str, outside: str) -> None:
+    def foretold(allowed: bool) -> bool:
+        return why(mesh, f"{outside}/x", f"{shop}/b:80")[0]["allowed"] is allowed
+
+    vip = mesh.vip(shop, "b")
+    assert foretold(True) and goes(mesh, outside, "x", vip, 80)
+    mesh.apply(shop, authorization("only-a", "ALLOW", "b", f"cluster.local/ns/{shop}/sa/a"))
+    try:
+        eventually(lambda: foretold(False), 15, "the policy to be known")
+        path, rows = why(mesh, f"{outside}/x", f"{vip}:80")
+        assert path["path"] == "refused" and "ALLOW policies" in path["detail"]
+        assert f"{mesh.address(shop, 'b')}:{PORT}" in next(r for r in rows if r["step"] == "authorize")["result"]
+        eventually(lambda: not goes(mesh, outside, "x", vip, 80), 5, "the connection to be refused")
+    finally:
+        mesh.remove(shop, "authorizationpolicy", "only-a")
+    eventually(lambda: foretold(True), 15, "the policy to be gone")
+
+
+def test_a_port_on_which_nobody_listens_is_told(mesh: Mesh, shop: str) -> None:
+    for name in ("b", "c"):
+        address = mesh.address(shop, name)
+        _, rows = why(mesh, f"{shop}/a", f"{address}:{PORT + 1}")
+        (row,) = [r for r in rows if r["step"] == "listen"]
+        assert row["result"] == f"{address}:{PORT + 1}: nobody listens"
+        assert not goes(mesh, shop, "a", address, PORT + 1)
+        assert not [r for r in why(mesh, f"{shop}/a", f"{address}:{PORT}")[1] if r["step"] == "listen"]
+
+
+def test_without_ztunnel_what_the_kernel_lets_pass_is_foretold_and_the_rest_is_unknown(mesh: Mesh, shop: str) -> None:
+    root = int((mesh.node_dir("node1") / "ztunnel.pid").read_text())
+    children = Path(f"/proc/{root}/task/{root}/children").read_text().split()
+    stopped = [root, *map(int, children)]
+    for pid in stopped:
+        os.kill(pid, signal.SIGSTOP)
+    try:
+        assert why(mesh, f"{shop}/a", f"{mesh.address(shop, 'c')}:{PORT}")[0]["path"] == "direct"
+        assert why(mesh, f"{shop}/a", f"{mesh.address(shop, 'b')}:{PORT}")[0]["allowed"] is None
+        with pytest.raises(CommandFailed, match="exit code 2"):
+            mesh.ambient("why", f"{shop}/a", "b:80", "--lab", mesh.lab.name)
+        with pytest.raises(CommandFailed, match="exit code 1"):
+            mesh.ambient("status", "--lab", mesh.lab.name)
+    finally:
+        for pid in reversed(stopped):
+            os.kill(pid, signal.SIGCONT)
+    eventually(lambda: mesh.ambient("status", "--lab", mesh.lab.name), 10, "all parts to work again")
 
 
 def test_a_kernel_that_holds_something_else_is_told_from_the_control_plane(mesh: Mesh, shop: str) -> None:
