@@ -86,6 +86,8 @@ class Client:
         for type_url in TYPES:
             request = discovery_pb2.DeltaDiscoveryRequest(type_url=type_url, resource_names_subscribe=["*"])
             request.node.CopyFrom(self._node)
+            if type_url == AUTHORIZATION_TYPE:  # stand-ins too, or nobody would say that they are not needed any more
+                request.initial_resource_versions.update(dict.fromkeys(self.world.policies, ""))
             request.initial_resource_versions.update(self._versions[type_url])
             requests.append(request)
         return tuple(requests)

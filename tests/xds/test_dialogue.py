@@ -276,6 +276,18 @@ def test_a_policy_that_never_was_good_is_replaced_by_one_that_denies() -> None:
     assert set(pair.client.world.policies) == {"ns/q"}
 
 
+@pytest.mark.parametrize("then", [world_of(workload("a")), world_of(workload("a"), policy("p", Action.ALLOW))])
+def test_what_stands_in_for_a_policy_goes_with_it_also_while_away(then: World) -> None:
+    server = server_of(workload("a"), policy("p"))
+    pair = Pair(server)
+    spoiled(pair, "ns/p")
+    pair.disconnect()
+    server.set_world(then)
+    pair = Pair(server, pair.client)
+    pair.run()
+    assert pair.client.world == then
+
+
 def test_a_policy_whose_update_is_bad_keeps_its_last_good_form() -> None:
     server = server_of(policy("p", Action.ALLOW))
     pair = Pair(server)
