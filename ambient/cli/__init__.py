@@ -94,6 +94,8 @@ def cli() -> None:
       ambient lab up -f examples/shop.yaml --nodes 2
       ambient namespace enrol shop
       ambient maps redirects
+
+    Completion for bash: eval "$(_AMBIENT_COMPLETE=bash_source ambient)"
     """
 
 

@@ -13,7 +13,7 @@ import click
 
 from ambient.bench import plan, plot
 from ambient.bench.run import Run, record_name, results_directory
-from ambient.cli.output import emit, output_option
+from ambient.cli.output import emit, emit_object, output_option
 from ambient.errors import ConfigFault
 
 _COLUMNS = ("work", "path", "metric", "median", "unit", "ratio", "better", "spread", "runs")
@@ -78,12 +78,10 @@ def bench(
             data.write_text(json.dumps(result, indent=1) + "\n")
         if picture is not None:
             picture.write_text(drawing)
-    if output == "json":
-        click.echo(json.dumps(result, indent=2))
-    elif output == "yaml":
-        emit([result], output, ())
-    else:
+    if output == "table":
         _print(result)
+    else:
+        emit_object(result, output)
     sys.exit(1 if result["failures"] else 0)
 
 

@@ -6,7 +6,6 @@ to do next. A warning does not fail the command.
 
 from __future__ import annotations
 
-import json
 import os
 import platform
 import re
@@ -20,7 +19,7 @@ from pathlib import Path
 
 import click
 
-from ambient.cli.output import emit, output_option
+from ambient.cli.output import emit_object, output_option
 from ambient.cli.target import LABS, NODE_CONFIG
 from ambient.datapath.layout import LAYOUT
 from ambient.errors import AmbientError, LayoutMismatch
@@ -249,12 +248,10 @@ def check(output: str) -> None:
     """
     rows = run_checks()
     failed = any(row["status"] == "error" for row in rows)
-    if output == "json":
-        click.echo(json.dumps({"success": not failed, "checks": rows}, indent=2))
-    elif output == "yaml":
-        emit(rows, output, ())
-    else:
+    if output == "table":
         _print(rows, failed)
+    else:
+        emit_object({"success": not failed, "checks": rows}, output)
     sys.exit(1 if failed else 0)
 
 

@@ -165,7 +165,8 @@ def watch_rows(
             before = set(identities)
             changes = dict(zip(("added_per_s", "removed_per_s"), rates.entries(name, now, before), strict=True))
         hidden = _NOT_IN_TABLE.get(name, ())
-        show(rows, output, [column for column in (rows[0] if rows else ()) if column not in hidden], changes)
+        columns = [column for column in (rows[0] if rows else ()) if column not in hidden]
+        show(rows, output, sorted(columns, key=lambda column: column == "what"), changes)
 
 
 def _identity(row: Row) -> str:

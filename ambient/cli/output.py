@@ -88,6 +88,12 @@ def table(rows: Sequence[Row], columns: Sequence[str], width: int | None = None)
     return "\n".join(line.rstrip() for line in out.getvalue().splitlines())
 
 
+def emit_object(found: Mapping[str, Any], output: str) -> None:
+    """Print one object as JSON or YAML, for what is no list of rows."""
+    text = json.dumps(found, indent=2, default=str)
+    click.echo(text if output == "json" else yaml.safe_dump(json.loads(text), sort_keys=False).rstrip())
+
+
 def nothing(text: str, complete: bool) -> str:
     """What to say of no rows."""
     return text if complete else f"{text}, as far as could be looked at"

@@ -128,7 +128,9 @@ def explain(facts: Facts) -> Outcome:
     steps = _Steps(facts)
     source = facts.source
     said = source.state + (f" ({source.reason})" if source.reason else "")
-    steps.add("source", f"{source.node} agent", f"{source.name}: {said}", source.detail)
+    unasked = "nothing asks for it: the label istio.io/dataplane-mode=ambient of its namespace, or its own"
+    why = source.detail or (unasked if said == "not_enrolled" else "")
+    steps.add("source", f"{source.node} agent", f"{source.name}: {said}", why)
     for row in facts.drift:
         steps.add("drift", f"{row['node']} kernel", f"{row['map']} {row['key']}: {row['drift']}", drift_text(row))
     if facts.kernel.enrolled is None:

@@ -27,6 +27,7 @@ _SCALARS: Final[Mapping[str, tuple[int, Any]]] = {
     "__u64": (8, ctypes.c_uint64),
 }
 _COMMENT = re.compile(r"/\*.*?\*/", re.DOTALL)
+_MEANING = re.compile(r"^\s*([A-Z][A-Z0-9_]*) = \d+,[ \t]*/\* (.*?) \*/[ \t]*$", re.MULTILINE)
 _GUARD = re.compile(r"#ifndef\s+(\w+_H)\s*\n\s*#define\s+(\w+_H)\s*\n")
 _DEFINE = re.compile(r"#define[ \t]+([A-Z][A-Z0-9_]*)[ \t]+(\d+)[ \t]*(?:\n|$)")
 _ENUM = re.compile(r"enum\s+(\w+)\s*\{([^{}]*)\}\s*;")
@@ -67,6 +68,8 @@ class Layout:
     structs: Mapping[str, Struct]
     classes: Mapping[str, type[ctypes.Structure]]
     digest: str
+    meanings: Mapping[str, str]
+    """What the comment behind an enumerator says, where there is one: for people only."""
 
     @property
     def version(self) -> str:
@@ -231,6 +234,7 @@ def parse(text: str) -> Layout:
         structs=parser.structs,
         classes=parser.classes,
         digest=hashlib.sha256(text.encode()).hexdigest(),
+        meanings=dict(_MEANING.findall(text)),
     )
 
 

@@ -281,7 +281,11 @@ def listeners(entries: Iterable[tuple[v.ListenerKey, int]], names: Names) -> lis
 
 
 def counters(counts: Mapping[str, int]) -> list[Row]:
-    return [{"reason": name, "count": count} for name, count in sorted(counts.items()) if count]
+    return [
+        {"reason": name, "count": count, "what": LAYOUT.meanings.get(f"REASON_{name.upper()}", "")}
+        for name, count in sorted(counts.items())
+        if count
+    ]
 
 
 def settings(value: v.SettingsValue | None, now_ns: int) -> list[Row]:

@@ -15,6 +15,7 @@ from click.testing import CliRunner
 from ambient.cli import check, cli, target
 from ambient.cli.namespace import find_kubeconfig
 from ambient.cli.output import cell, emit, table
+from ambient.datapath.layout import LAYOUT
 from ambient.errors import AmbientError, ConfigFault, LayoutMismatch, PlatformFault
 from ambient.io.bpf_maps import Maps
 from ambient.lab import lifecycle
@@ -153,6 +154,8 @@ def test_check_exits_by_its_worst_result(monkeypatch: pytest.MonkeyPatch) -> Non
         result = CliRunner().invoke(cli, ["check", "-o", "json"])
         assert result.exit_code == code
         assert json.loads(result.output)["success"] is (code == 0)
+        as_yaml = CliRunner().invoke(cli, ["check", "-o", "yaml"])
+        assert (as_yaml.exit_code, yaml.safe_load(as_yaml.output)) == (code, json.loads(result.output))
         assert "do this" in CliRunner().invoke(cli, ["check"]).output
 
 
@@ -201,6 +204,8 @@ def test_a_settings_file_is_refused_without_repeating_what_is_in_it(
 
 
 def test_the_version_is_an_option_too() -> None:
+    rows = json.loads(CliRunner().invoke(cli, ["version", "-o", "json"]).output)
+    assert {"component": "layout", "version": LAYOUT.version} in rows
     assert CliRunner().invoke(cli, ["--version"]).output.startswith("ambient, version ")
 
 

@@ -117,6 +117,8 @@ def test_a_pod_outside_the_mesh_meets_the_destinations_ztunnel_in_plaintext() ->
     assert (outcome.path, outcome.allowed) == ("refused", False) and "STRICT" in outcome.detail
     assert "host_network" in outcome.steps[0]["result"] and "host's network" in outcome.steps[0]["why"]
     assert ended(replace(facts, plain=arrival(verdict(True, identity="")))) == ("ztunnel", True)
+    unasked = replace(facts, source=replace(source, state="not_enrolled", reason="", detail=""))
+    assert "istio.io/dataplane-mode" in explain(unasked).steps[0]["why"] and explain(FACTS).steps[0]["why"] == ""
     assert ended(replace(facts, plain=arrival(verdict(True, enrolled=False)))) == ("plain", True)
     # bypassed at the destination, too: nobody takes the plaintext
     workload = WorkloadValue(2, ENROLLED | LAYOUT["WORKLOAD_BYPASS"], 5)

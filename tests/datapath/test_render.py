@@ -43,3 +43,10 @@ def test_every_flag_word_renders(flags: int) -> None:
     known = sum(LAYOUT["WORKLOAD_" + n.upper()] for n in named if not n.startswith("0x"))
     rest = sum(int(n, 16) for n in named if n.startswith("0x"))
     assert known + rest == flags
+
+
+def test_every_reason_that_is_counted_says_what_it_means() -> None:
+    reasons = [name.removeprefix("REASON_").lower() for name in LAYOUT.enums["reason"]]
+    rows = {row["reason"]: row["what"] for row in render.counters(dict.fromkeys(reasons, 1))}
+    assert [reason for reason, what in rows.items() if not what] == ["max", "none"]
+    assert rows["dns"] == "DNS sent to the proxy"
