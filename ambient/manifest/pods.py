@@ -18,6 +18,9 @@ ADDRESSES_MAX = 16  # Kubernetes gives two; more is an error or an attack
 SANDBOX_RUNTIMES = ("gvisor", "runsc", "kata")
 SYSTEM_NAMESPACES = frozenset({"ambient-system", "kube-system"})
 
+MIRROR = "kubernetes.io/config.mirror"
+_HASH = re.compile(r"[0-9a-f]{32}")
+
 _CRONJOB_SUFFIX = re.compile(r"-\d{8,10}")
 
 
@@ -73,6 +76,13 @@ def enrolment(
 def in_world(pod: Pod) -> bool:
     """Whether the pod can have traffic: it has an address and has not ended (an ended pod's address is reused)."""
     return pod.status.phase not in ("Succeeded", "Failed") and bool(pod.status.pod_ips or pod.status.pod_ip)
+
+
+def uid_on_node(pod: Pod) -> str:
+    """The UID by which kubelet, runtime and CNI know the pod. A static pod has another one than the object that mirrors
+    it in the API: the hash of its manifest. Anybody can write the annotation, but no other pod's UID has that form."""
+    mirrored = pod.annotations.get(MIRROR, "")
+    return mirrored if _HASH.fullmatch(mirrored) else pod.metadata.uid
 
 
 def workload_uid(mesh: Mesh, namespace: str, name: str) -> str:

@@ -64,6 +64,9 @@ class Member:
     def title(self) -> str:
         return f"{self.record.namespace}/{self.record.name}"
 
+    def is_named(self, namespace: str, name: str) -> bool:
+        return (self.record.namespace, self.record.name) == (namespace, name)
+
     def described(self) -> LocalPod:
         """The pod as the maps shall hold it."""
         record = self.record

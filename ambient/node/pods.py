@@ -17,7 +17,7 @@ from ambient.datapath.entries import LocalPod
 from ambient.errors import AmbientError, PlatformFault
 from ambient.manifest.mesh import Mesh
 from ambient.manifest.objects import Namespace, Pod
-from ambient.manifest.pods import Enrol, Leave, NotEnrolled, addresses_of, in_world, workload_uid
+from ambient.manifest.pods import Enrol, Leave, NotEnrolled, addresses_of, in_world, uid_on_node, workload_uid
 from ambient.node import enrol, living
 from ambient.node import messages as m
 from ambient.node.annotations import Annotations, Api
@@ -164,16 +164,20 @@ class Pods:
     # --- the API's word
 
     def pod_changed(self, old: Pod | None, new: Pod | None) -> None:
-        if old is not None and (new is None or new.metadata.uid != old.metadata.uid):
+        if old is not None and (new is None or uid_on_node(new) != uid_on_node(old)):
             self._deleted(old)
         if new is None:
             return
-        member = self.members.get(new.metadata.uid)
+        uid = uid_on_node(new)
+        member = self.members.get(uid)
+        if member is not None and not member.is_named(new.namespace, new.name):
+            self.count("pods_with_anothers_uid")
+            return
         if member is None:
             if len(self.members) >= 2 * PODS_MAX:
                 self.count("pods_beyond_limit")
                 return
-            member = self.new_member(Record(uid=new.metadata.uid, namespace=new.namespace, name=new.name))
+            member = self.new_member(Record(uid=uid, namespace=new.namespace, name=new.name))
             self.members[member.record.uid] = member
             self.records.pods[member.record.uid] = member.record
         member.api = new
@@ -183,8 +187,8 @@ class Pods:
         self.kick(member)
 
     def _deleted(self, pod: Pod) -> None:
-        member = self.members.get(pod.metadata.uid)
-        if member is None:
+        member = self.members.get(uid_on_node(pod))
+        if member is None or not member.is_named(pod.namespace, pod.name):
             return
         member.api = None
         if member.record.gone or not (member.record.container_id or member.record.in_mesh):

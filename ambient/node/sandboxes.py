@@ -16,7 +16,7 @@ from typing import Final
 from ambient.errors import AmbientError, PlatformFault
 from ambient.manifest import mesh as words
 from ambient.manifest.objects import Namespace, Pod
-from ambient.manifest.pods import SYSTEM_NAMESPACES, Enrol
+from ambient.manifest.pods import SYSTEM_NAMESPACES, Enrol, uid_on_node
 from ambient.node import cni, enrol
 from ambient.node.listeners import Refused
 from ambient.node.member import Member
@@ -70,8 +70,11 @@ class Sandboxes:
             return cni.error(
                 request.version, cni.TRY_AGAIN_LATER, "the ambient agent is not ready yet; see its /status"
             )
-        uid = request.pod_uid or pod.metadata.uid
+        uid = request.pod_uid or uid_on_node(pod)
         member = self._pods.members.get(uid)
+        if member is not None and not member.is_named(request.pod_namespace, request.pod_name):
+            await self._forget(member)  # an object that took the UID of this pod for its own
+            member = None
         if member is None:
             member = self._pods.new_member(Record(uid=uid, namespace=request.pod_namespace, name=request.pod_name))
             self._pods.members[uid] = member
@@ -82,9 +85,7 @@ class Sandboxes:
             x for x in self._pods.members.values() if x is not member and set(x.record.addresses) & set(addresses)
         ]:
             # Its DEL was lost: the address belongs to this pod now, so nothing may be left of the other one.
-            await self._pods.interrupt(other)
-            async with other.lock:
-                await self._pods.forget_or_release(other)
+            await self._forget(other)
         async with member.lock:
             if member.record.in_mesh and self._pods.kernel is not None:
                 await enrol.forget(self._pods.steps(member))  # an earlier sandbox of the same pod
@@ -102,6 +103,11 @@ class Sandboxes:
                 return await self._add_to_mesh(request, member)
         self._pods.kick(member)
         return cni.done(request)
+
+    async def _forget(self, member: Member) -> None:
+        await self._pods.interrupt(member)
+        async with member.lock:
+            await self._pods.forget_or_release(member)
 
     async def _add_to_mesh(self, request: cni.Request, member: Member) -> cni.Answer:
         try:
@@ -127,13 +133,13 @@ class Sandboxes:
     async def _look_up(self, request: cni.Request) -> tuple[Pod, Namespace]:
         """The pod and its namespace, from what was watched or else from the API. PlatformFault if unknown."""
         member = self._pods.members.get(request.pod_uid)
-        pod = member.api if member is not None else None
+        named = member is not None and member.is_named(request.pod_namespace, request.pod_name)
+        pod = member.api if member is not None and named else None
         if pod is None:
             pod = await self._pods.api.pod(request.pod_namespace, request.pod_name)
         if pod is None:
             raise PlatformFault(f"pod {request.pod_namespace}/{request.pod_name} is not in the API (yet)")
-        mirror = pod.annotations.get("kubernetes.io/config.mirror")
-        if request.pod_uid and request.pod_uid not in (pod.metadata.uid, mirror):
+        if request.pod_uid and request.pod_uid not in (pod.metadata.uid, uid_on_node(pod)):
             raise PlatformFault(f"pod {pod.key} has another UID by now ({pod.metadata.uid})")
         namespace = self._pods.wishes.namespaces.get(pod.namespace) or await self._pods.api.namespace(pod.namespace)
         if namespace is None:

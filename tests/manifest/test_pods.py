@@ -11,7 +11,17 @@ from ambient.errors import ConfigFault
 from ambient.manifest.kinds import NAMESPACE, NODE, POD
 from ambient.manifest.mesh import Mesh
 from ambient.manifest.objects import Namespace, Pod
-from ambient.manifest.pods import Enrol, Leave, NotEnrolled, addresses_of, enrolment, in_world, workload_of
+from ambient.manifest.pods import (
+    MIRROR,
+    Enrol,
+    Leave,
+    NotEnrolled,
+    addresses_of,
+    enrolment,
+    in_world,
+    uid_on_node,
+    workload_of,
+)
 from ambient.model.identity import Identity
 from ambient.model.workload import Locality, TunnelProtocol, Workload, WorkloadStatus, WorkloadType
 
@@ -118,6 +128,18 @@ def test_both_families_and_the_single_old_field_are_read_and_mapped_addresses_fo
     both = pod(status={"podIPs": [{"ip": "10.1.0.4"}, {"ip": "fd00::4"}, {"ip": "::ffff:10.1.0.4"}]})
     assert [str(a) for a in addresses_of(both)] == ["10.1.0.4", "fd00::4"]
     assert [str(a) for a in addresses_of(pod(status={"podIPs": None, "podIP": "10.9.9.9"}))] == ["10.9.9.9"]
+
+
+@pytest.mark.parametrize(
+    ("mirrored", "uid"),
+    [
+        ("c0ffee00c0ffee00c0ffee00c0ffee00", "c0ffee00c0ffee00c0ffee00c0ffee00"),
+        ("0b7c1d1e-58f5-4c39-8a3b-0d6a6b0f2f11", "u1"),
+        ("", "u1"),
+    ],
+)
+def test_a_static_pod_is_known_by_its_hash_and_nobody_by_another_pods_uid(mirrored: str, uid: str) -> None:
+    assert uid_on_node(pod(annotations={MIRROR: mirrored}, meta={"uid": "u1"})) == uid
 
 
 def test_a_bad_address_is_named() -> None:

@@ -31,6 +31,7 @@ from ambient.io.kube_auth import from_kubeconfig
 from ambient.lab.apiserver.http import ApiServer
 from ambient.manifest.kinds import NAMESPACE, POD
 from ambient.manifest.objects import Pod
+from ambient.manifest.pods import uid_on_node
 from ambient.settings import NodeSettings
 from tests.support.control import ControlPlane, Now
 
@@ -239,7 +240,7 @@ class RealNode:
 
     def sandbox(self, pod: Pod, address: str) -> Sandbox:
         name = f"{self.tag}-{len(self.sandboxes)}"
-        made = Sandbox(name, address, self.cgroup / "kubepods" / f"pod{pod.metadata.uid}", f"{self.tag}-net")
+        made = Sandbox(name, address, self.cgroup / "kubepods" / f"pod{uid_on_node(pod)}", f"{self.tag}-net")
         self.sandboxes.append(made)
         return made
 
@@ -252,7 +253,7 @@ class RealNode:
             "runDir": str(self.run_dir),
             "prevResult": {"cniVersion": "1.0.0", "ips": [{"address": f"{a}/24"} for a in sandbox.addresses]},
         }
-        arguments = f"K8S_POD_NAMESPACE={pod.namespace};K8S_POD_NAME={pod.name};K8S_POD_UID={pod.metadata.uid}"
+        arguments = f"K8S_POD_NAMESPACE={pod.namespace};K8S_POD_NAME={pod.name};K8S_POD_UID={uid_on_node(pod)}"
         process = await asyncio.create_subprocess_exec(
             str(build_stub()),
             stdin=asyncio.subprocess.PIPE,

@@ -23,6 +23,7 @@ from ambient.datapath.values import Admission
 from ambient.io import bpf_links
 from ambient.manifest.kinds import NAMESPACE, POD
 from ambient.manifest.mesh import REDIRECTION
+from ambient.manifest.pods import MIRROR
 from ambient.model.address import parse_ip
 from ambient.model.policy import Action, Group, Match, Policy, Rule, Scope
 from ambient.model.workload import Port, Service, TunnelProtocol, Workload
@@ -198,6 +199,41 @@ async def test_a_pod_from_before_the_plugin_is_found_by_its_processes(node: Real
     assert node.dial_from_outside(sandbox.address, 80) == str(node.pid("ztunnel"))
     await gone(node, pod, sandbox)
     assert node.traces(sandbox.addresses, pod.metadata.uid) == []
+
+
+HASH = "c0ffee00c0ffee00c0ffee00c0ffee00"
+
+
+async def test_a_static_pod_and_the_object_that_mirrors_it_are_one(node: RealNode) -> None:
+    """Kubelet and runtime know it by the hash of its manifest, which is not the UID of its object."""
+    pod, sandbox = await added(node, "static", annotations={MIRROR: HASH})
+    found = await node.reaches("static", "enrolled")
+    assert [p["uid"] for p in (await node.status())["pods"] if p["name"] == "static"] == [HASH] == [found["uid"]]
+    with node.maps() as maps:
+        assert maps.workloads[sandbox.address].flags == LOCAL | ENROLLED | DIRECT
+    await node.client.patch(POD, "static", {"metadata": {"labels": {"istio.io/dataplane-mode": "none"}}}, "shop")
+    await node.reaches("static", "not_enrolled")
+    await gone(node, pod, sandbox)
+    await node.until(lambda: node.traces(sandbox.addresses, HASH) == [], "no trace of it")
+
+
+async def test_an_object_that_gives_itself_the_uid_of_another_pod_is_not_that_pod(node: RealNode) -> None:
+    uid = HASH[::-1]
+    await node.pod("early", "shop", annotations={MIRROR: uid})
+    await node.reaches("early", "waiting")
+    pod, sandbox = await added(node, "sought", annotations={MIRROR: uid})
+    await node.reaches("sought", "enrolled")
+    await node.client.delete(POD, "early", "shop", grace_period_s=0)
+    await node.pod("late", "shop", annotations={MIRROR: uid}, labels={"istio.io/dataplane-mode": "none"})
+
+    async def noticed() -> bool:
+        return "pods_with_anothers_uid" in (await node.status())["counters"]
+
+    await node.until(noticed, "it is noticed")
+    found = await node.state("sought")
+    assert (found["state"], found["uid"]) == ("enrolled", uid)
+    await node.client.delete(POD, "late", "shop", grace_period_s=0)
+    await gone(node, pod, sandbox)
 
 
 async def test_a_killed_agent_finds_everything_as_it_left_it(node: RealNode) -> None:
