@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import errno
 import importlib
-import os
 import sys
 from typing import Any
 
@@ -69,19 +68,11 @@ class _Lazy(click.Group):
             if error.errno == errno.EPIPE:
                 raise
             click.echo(f"ambient: {error}", err=True)
-            _forget_output()
             sys.exit(1)
 
 
 _ANSWERS = ("why", "diff")
 """Commands whose exit code 1 is an answer: that there is none has another."""
-
-
-def _forget_output() -> None:
-    """What could not be written is not tried again at exit."""
-    if sys.stdout is not None:
-        with open(os.devnull, "wb") as nowhere:
-            os.dup2(nowhere.fileno(), sys.stdout.fileno())
 
 
 @click.group(cls=_Lazy, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
