@@ -7,7 +7,6 @@ module is imported only when it is called, so that `ambient --help` stays fast a
 
 from __future__ import annotations
 
-import errno
 import importlib
 import sys
 from typing import Any
@@ -64,11 +63,6 @@ class _Lazy(click.Group):
         except AmbientError as error:
             click.echo(f"ambient: {error}", err=True)
             sys.exit(2 if isinstance(error, Misuse) or ctx.invoked_subcommand in _ANSWERS else 1)
-        except OSError as error:
-            if error.errno == errno.EPIPE:
-                raise
-            click.echo(f"ambient: {error}", err=True)
-            sys.exit(1)
 
 
 _ANSWERS = ("why", "diff")
@@ -92,4 +86,8 @@ def cli() -> None:
 
 def main() -> None:
     """Entry point of the `ambient` program."""
-    cli(prog_name="ambient")
+    try:
+        cli(prog_name="ambient")
+    except OSError as error:  # a reader that has gone is click's business
+        click.echo(f"ambient: {error}", err=True)
+        sys.exit(1)

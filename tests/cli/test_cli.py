@@ -163,9 +163,10 @@ def test_addresses_in_a_table_are_never_taken_for_pictures() -> None:
     assert table([{"a": "fd00:96::100: :80"}], ("a",)).splitlines()[1] == "fd00:96::100: :80"
 
 
-def test_what_cannot_be_written_is_one_line_and_exit_code_1() -> None:
+@pytest.mark.parametrize("word", ["version", "--help"])
+def test_what_cannot_be_written_is_one_line_and_exit_code_1(word: str) -> None:
     with open("/dev/full", "w") as full:
-        argv = [sys.executable, "-c", "from ambient.cli import main; main()", "version"]
+        argv = [sys.executable, "-c", "from ambient.cli import main; main()", word]
         done = subprocess.run(argv, stdout=full, stderr=subprocess.PIPE, text=True, check=False)
     assert (done.returncode, done.stderr) == (1, "ambient: [Errno 28] No space left on device\n")
 
