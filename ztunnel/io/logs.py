@@ -1,6 +1,6 @@
 """The log of ztunnel's processes on stdout: ``time<TAB>level<TAB>scope<TAB>message``, or one JSON object a line.
 
-A reader that went away (the process that started ztunnel may have died) never ends a process.
+A reader that went away (the process that started ztunnel may have died) or stalls never ends or stops a process.
 """
 
 from __future__ import annotations
@@ -8,6 +8,8 @@ from __future__ import annotations
 import json
 import logging
 import os
+import select
+import stat
 import time
 from collections.abc import Iterable
 from functools import lru_cache
@@ -26,6 +28,8 @@ LEVELS: Final = {
 }
 _NAMES = {logging.DEBUG: "debug", logging.INFO: "info", logging.WARNING: "warn", logging.ERROR: "error"}
 STDOUT: Final = 1
+PATIENCE_S: Final = 0.1
+"""How long a full pipe is waited for, once, before lines are lost."""
 
 
 def timestamp(at: float) -> str:
@@ -77,12 +81,62 @@ def write_lines(lines: Iterable[str]) -> None:
 
 def write(text: str) -> None:
     """The same with a line feed at the end of each."""
-    raw = text.encode("utf-8", "backslashreplace")
-    while raw:
+    _out.write(text.encode("utf-8", "backslashreplace"))
+
+
+class _Out:
+    """Stdout. Where it is a pipe, a reader that stalls loses lines and stops nobody: who writes also has connections to
+    move, or Worlds and questions to attend to."""
+
+    def __init__(self) -> None:
+        self.form = "text"
+        self._pid = 0
+        self._fd = STDOUT
+        self._stalled = False
+        self._torn = b""
+        """A line feed, if the last line was cut off."""
+        self._lost = 0
+
+    def _open(self) -> None:
+        """A description of our own, because whether it blocks is shared with all who have the other. After a fork anew:
+        children close what they do not know."""
+        self._pid, self._fd = os.getpid(), STDOUT
         try:
-            raw = raw[os.write(STDOUT, raw) :]
+            if stat.S_ISFIFO(os.fstat(STDOUT).st_mode):
+                self._fd = os.open(f"/proc/self/fd/{STDOUT}", os.O_WRONLY | os.O_NONBLOCK | os.O_CLOEXEC)
         except OSError:
-            return
+            pass  # nobody reads, or no /proc
+
+    def write(self, raw: bytes) -> None:
+        if self._pid != os.getpid():
+            self._open()
+        if self._lost:
+            notice = f"{self._lost} lines were lost: nobody read them"
+            record = logging.LogRecord("log", logging.WARNING, "", 0, notice, None, None)
+            if self._put(self._torn + Line(self.form).format(record).encode() + b"\n"):
+                self._lost += raw.count(b"\n")
+                return
+            self._lost = 0
+        self._lost += self._put(raw).count(b"\n")
+
+    def _put(self, raw: bytes) -> bytes:
+        """What could not be written."""
+        while raw:
+            try:
+                written = os.write(self._fd, raw)
+            except BlockingIOError:
+                if self._stalled or not select.select([], [self._fd], [], PATIENCE_S)[1]:
+                    self._stalled = True
+                    return raw
+                continue
+            except OSError:
+                return b""
+            self._stalled, self._torn = False, b"" if raw[written - 1 : written] == b"\n" else b"\n"
+            raw = raw[written:]
+        return b""
+
+
+_out = _Out()
 
 
 def install(level: str, form: str) -> None:
@@ -91,6 +145,7 @@ def install(level: str, form: str) -> None:
     handler.setFormatter(Line(form))
     logging.root.handlers[:] = [handler]
     logging.raiseExceptions = False
+    _out.form = form
     set_level(level)
 
 
