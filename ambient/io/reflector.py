@@ -79,6 +79,11 @@ class Reflector(Generic[T]):
         """A read view of the copy, by `Object.key`."""
         return MappingProxyType(self._cache)
 
+    @property
+    def unreadable(self) -> frozenset[str]:
+        """Keys of objects that exist and do not decode; `objects` has their last good form, if there ever was one."""
+        return frozenset(self._unreadable)
+
     async def run(self) -> None:
         while True:
             try:

@@ -33,6 +33,7 @@ from ambient.io.xds_client import subscribe
 from ambient.manifest.acceleration import Acceleration
 from ambient.manifest.kinds import NAMESPACE, POD, Changed
 from ambient.manifest.objects import Namespace, Pod
+from ambient.manifest.pods import uid_on_node
 from ambient.model.world import Diff, World
 from ambient.node import inherit, servers
 from ambient.node import kernel as kernels
@@ -162,7 +163,8 @@ class Agent:
             await namespaces.synced.wait()
             await pods.synced.wait()
             self._problems.pop("api", None)
-            self._pods.api_synced()
+            there = {uid_on_node(pod) for pod in pods.objects.values()}
+            self._pods.api_synced(there, pods.unreadable, {*namespaces.objects, *namespaces.unreadable})
 
     def _namespace_event(self, changed: Changed[Namespace]) -> None:
         self._pods.namespace_changed(changed.key, changed.new)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Container
 from pathlib import Path
 from typing import Any, Final
 
@@ -202,8 +202,15 @@ class Pods:
                 if member.record.namespace == name:
                     self.kick(member)
 
-    def api_synced(self) -> None:
-        """Everything was told once: what was not told of is gone from the API."""
+    def api_synced(self, pods: Container[str], unreadable: Container[str], namespaces: Container[str]) -> None:
+        """Everything was told once: what is not among these (UIDs and, of unreadable ones, keys of pods) is gone from
+        the API, also if an earlier watch, which broke off, had told of it."""
+        for member in list(self.members.values()):
+            known = member.api
+            if known is not None and member.record.uid not in pods and known.key not in unreadable:
+                self._deleted(known)
+        for name in [name for name in self.wishes.namespaces if name not in namespaces]:
+            self.namespace_changed(name, None)
         self.wishes.synced = True
         for member in list(self.members.values()):
             if member.api is None and member.record.gone:

@@ -434,6 +434,28 @@ async def test_a_world_that_cannot_be_put_into_effect_leaves_the_kernels_verdict
         await node.until(lambda: maps.settings.complete and "10.77.7.2" in maps.workloads)  # type: ignore[union-attr]
 
 
+async def test_what_the_api_forgot_while_the_watch_was_broken_off_is_forgotten(node: RealNode) -> None:
+    pod = await node.pod("fleeting", "shop")
+    await node.reaches("fleeting", "waiting")
+    in_the_way = node.run_dir / f".agent.json.{node.pid('agent')}"  # as on a full disk
+    in_the_way.mkdir()
+    try:
+        await node.running(pod, [address()])
+
+        async def broken() -> bool:
+            return any(p.startswith("api: ") for p in (await node.status())["problems"])
+
+        await node.until(broken, "the watch is broken off")
+        await node.client.delete(POD, "fleeting", "shop", grace_period_s=0)
+    finally:
+        in_the_way.rmdir()
+
+    async def forgotten() -> bool:
+        return not any(p["name"] == "fleeting" for p in (await node.status())["pods"])
+
+    await node.until(forgotten, "the pod is forgotten", 30)
+
+
 async def test_an_agent_that_was_stopped_vouches_for_nothing_until_it_was_told_anew(node: RealNode) -> None:
     """While it was stopped ztunnel decided. Its first sign of life must not bring back what it had allowed before."""
     pod, sandbox = await added(node, "judged")
