@@ -32,6 +32,10 @@ class Numbers:
             self.version += 1
         return number
 
+    def begin_beyond(self, used: Iterable[int]) -> None:
+        """Give none of these to a new name: entries have them, whoever remembers what they stand for."""
+        self.next = max([self.next, *(n + 1 for n in used)])
+
     def retain(self, names: Iterable[str]) -> None:
         """Forget every other name."""
         kept = set(names)

@@ -32,6 +32,7 @@ from ambient.errors import AmbientError, PlatformFault
 from ambient.io import bpf_links, cgroup
 from ambient.io.bpf_maps import Maps, TypedMap
 from ambient.model.world import World
+from ambient.node import taken
 from ambient.node.crowd import Crowd
 from ambient.node.records import Names
 from ambient.node.redirection import Redirection
@@ -153,6 +154,7 @@ class Kernel:
         self._services = dict(maps.services.items())
         self._failed: set[str] = set()
         self._strict_means_off = settings.strict_means_off
+        taken.begin_beyond(names, maps)
         self.same_node = SameNode(settings.node_name, names, maps)
         before = maps.settings
         # An operator's bypass stays; everything unknown is captured until this process has the World.

@@ -217,17 +217,25 @@ class SameNode:
     def unrightful(self, destinations: Container[int] | None = None) -> list[tuple[TupleKey, FlowValue, str]]:
         """Flows (to these destinations, or all) for which nobody would be let in now, and why not."""
         by_number = {self._names.workloads.of(p.workload_uid): r for p, r in self._granted.items()}
-        return [
-            (key, flow, reason)
-            for key, flow in self._maps.flows.items()
-            if (destinations is None or flow.destination in destinations) and not is_over(flow)
-            if (reason := self._lost(key, flow, by_number.get(flow.destination)))
-        ]
+        by_address = {a: self._names.workloads.of(p.workload_uid) for p in self._granted for a in p.addresses}
+        known, identities = self._names.workloads.names(), self._names.identities.names()
+        found: list[tuple[TupleKey, FlowValue, str]] = []
+        for key, flow in self._maps.flows.items():
+            # Where names.json was lost nobody knows the number; the address is still the pod's, or the flow was closed.
+            number = flow.destination if flow.destination in known else by_address.get(key.local, 0)
+            if is_over(flow) or not (destinations is None or number in destinations):
+                continue
+            if reason := self._lost(key, flow, by_number.get(number), identities):
+                found.append((key, flow, reason))
+        return found
 
-    def _lost(self, key: TupleKey, flow: FlowValue, rights: Rights | None) -> str:
+    def _lost(self, key: TupleKey, flow: FlowValue, rights: Rights | None, identities: Mapping[int, str]) -> str:
         """Why the flow has no right any more; empty if it has. A pod that left the mesh keeps what stands."""
+        name = identities.get(flow.identity)
+        if name is None and (client := self._maps.enrolled.get(flow.netns_client)) is not None:
+            name = identities.get(client.identity)
         try:
-            source = Identity.parse(self._names.identities.names().get(flow.identity, ""))
+            source = Identity.parse(name or "")
         except ValueError:
             source = None
         return strays.why_lost(rights, source, key)

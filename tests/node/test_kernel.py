@@ -52,6 +52,7 @@ def kernel(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Kernel:
         endpoints=Table(),
         verdicts=Table(),
         flows=Table(),
+        enrolled=Table(),
         settings=SettingsValue(mode=1),
         counters=lambda: {"kernel": 0},
         tables={"flows": Table()},
@@ -130,6 +131,15 @@ def test_what_cannot_be_written_to_the_end_counts_for_nobody(kernel: Kernel, mon
     assert kernel.maps.settings.complete == 0  # the World is not in the maps yet
     kernel.put_world(world(2), [OURS])
     assert kernel.maps.settings.complete == 1 and kernel.problem == ""
+
+
+def test_numbers_in_the_kernel_are_nobody_elses_when_their_names_are_lost(tmp_path: Path, kernel: Kernel) -> None:
+    kernel.put_world(world(3), [OURS])
+    used = {value.workload for value in kernel.maps.workloads.values()}  # type: ignore[attr-defined]
+    names = Names(tmp_path / "lost.json")
+    again = Kernel(NodeSettings(node_name="n1"), names, kernel.maps)
+    again.put_world(World(), [LocalPod("another", ("10.0.0.201",), 6, True)])
+    assert names.workloads.of("another") > max(used)
 
 
 def test_an_operators_bypass_outlives_the_agent(kernel: Kernel) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -159,6 +160,23 @@ def test_what_could_not_be_closed_is_tried_again(maps: Any, names: Names, monkey
     assert asked == [8, 7, 8, 7]
     node.revoke()
     assert asked == [8, 7, 8, 7]
+
+
+def test_a_flow_whose_names_were_lost_is_closed_with_its_right(
+    maps: Any, names: Names, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    key, flow = flow_from_a_to_b(names)
+    lost = 1000
+    maps.flows[key] = replace(flow, source=lost, destination=lost, identity=lost)
+    maps.enrolled = Table({flow.netns_client: SimpleNamespace(identity=names.identities.of(str(A)), workload=1)})
+    maps.settings = SettingsValue()
+    node = SameNode("n1", names, maps)
+    give(node, world())
+    assert node.revoke() == 0
+    give(node, world(policy(Action.DENY, 80, B)))
+    assert node.revoke() == 0
+    give(node, world(policy(Action.DENY, 80, A)))
+    assert node.revoke() == 1
 
 
 def test_port_0_is_written_last_and_removed_first(maps: Any, names: Names) -> None:
