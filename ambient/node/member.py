@@ -250,6 +250,8 @@ class MemberSteps:
     async def remove_addresses(self) -> None:
         member = self._member
         addresses, member.record.addresses, member.addressed = member.record.addresses, (), False
-        self._addresses_changed()
-        self._kernel.remove_listeners(addresses)
-        self._kernel.remove_flows(addresses, member.cookie)
+        try:
+            self._addresses_changed()
+        finally:
+            self._kernel.remove_listeners(addresses)
+            self._kernel.remove_flows(addresses, member.cookie)

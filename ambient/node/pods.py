@@ -191,7 +191,7 @@ class Pods:
         if member is None or not member.is_named(pod.namespace, pod.name):
             return
         member.api = None
-        if member.record.gone or not (member.record.container_id or member.record.in_mesh):
+        if not member.record.in_mesh and (member.record.gone or not member.record.container_id):
             self.drop(member)
         else:
             self.kick(member)  # DEL comes, or the look at its namespace finds it gone
@@ -213,7 +213,7 @@ class Pods:
             self.namespace_changed(name, None)
         self.wishes.synced = True
         for member in list(self.members.values()):
-            if member.api is None and member.record.gone:
+            if member.api is None and member.record.gone and not member.record.in_mesh:
                 self.drop(member)
             else:
                 self.kick(member)
@@ -238,9 +238,12 @@ class Pods:
         self.addresses_changed()
 
     def addresses_changed(self) -> None:
-        self.records.save()
-        if self.kernel is not None:
-            self.kernel.put_pods(self.local_pods())
+        """Raises OSError if agent.json cannot be written; the kernel knows nevertheless."""
+        try:
+            self.records.save()
+        finally:
+            if self.kernel is not None:
+                self.kernel.put_pods(self.local_pods())
 
     def new_member(self, record: Record) -> Member:
         return Member(record, workload_uid(self._mesh, record.namespace, record.name), self._mesh.trust_domain)
@@ -259,8 +262,10 @@ class Pods:
         self.records.bypass = self.wishes.bypass().switched(on, namespace)
         where = f"namespace {namespace}" if namespace else "this node"
         log.warning("capture of %s: %s by the operator", where, "switched off" if on else "back to normal")
-        self.records.save()
-        await self.apply_bypass()
+        try:
+            self.records.save()
+        finally:
+            await self.apply_bypass()
 
     async def apply_bypass(self) -> None:
         """Write into the kernel what is remembered. Raises AmbientError."""
@@ -319,6 +324,10 @@ class Pods:
     async def _reconcile(self, member: Member) -> None:
         record = member.record
         if record.gone:
+            if record.in_mesh:  # its end was broken off
+                await self._forget(member)
+                if self._ended(member):
+                    self.drop(member)
             return
         if self._ended(member) and living.is_gone(record, self._pods_cgroup(), True):
             await self._forget(member)

@@ -155,7 +155,7 @@ class Sandboxes:
             ),
             None,
         )
-        if member is None or member.record.gone:
+        if member is None or (member.record.gone and not member.record.in_mesh):
             return cni.done(request)
         if member.record.container_id and member.record.container_id != request.container_id:
             return cni.done(request)  # an earlier sandbox of a pod that has a new one

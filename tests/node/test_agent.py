@@ -19,7 +19,7 @@ import pytest
 
 from ambient.datapath.entries import ENROLLED, LOCAL, OPEN
 from ambient.datapath.layout import LAYOUT
-from ambient.datapath.values import Admission
+from ambient.datapath.values import Admission, AuthorizedValue, TupleKey
 from ambient.io import bpf_links
 from ambient.manifest.kinds import NAMESPACE, POD
 from ambient.manifest.mesh import REDIRECTION
@@ -432,6 +432,25 @@ async def test_a_world_that_cannot_be_put_into_effect_leaves_the_kernels_verdict
         finally:
             in_the_way.rmdir()
         await node.until(lambda: maps.settings.complete and "10.77.7.2" in maps.workloads)  # type: ignore[union-attr]
+
+
+async def test_del_on_a_full_disk_leaves_no_entry_and_says_so(node: RealNode) -> None:
+    pod, sandbox = await added(node, "unwritten")
+    found = await node.reaches("unwritten", "enrolled")
+    key = TupleKey(sandbox.address, "10.77.0.99", 80, 40000)
+    in_the_way = node.run_dir / f".agent.json.{node.pid('agent')}"
+    with node.maps() as maps:
+        maps.authorized[key] = AuthorizedValue(0, time.monotonic_ns(), 0, 0, 0)
+        in_the_way.mkdir()
+        try:
+            code, said = await node.cni("DEL", pod, sandbox)
+            assert code != 0 and in_the_way.name in said["msg"]
+            assert node.traces(sandbox.addresses, pod.metadata.uid, found["netns_cookie"]) == []
+        finally:
+            in_the_way.rmdir()
+    await gone(node, pod, sandbox)
+    written = msgspec.json.decode((node.run_dir / "agent.json").read_bytes())["pods"]
+    assert [p for p in written if p["uid"] == pod.metadata.uid and p["in_mesh"]] == []
 
 
 async def test_what_the_api_forgot_while_the_watch_was_broken_off_is_forgotten(node: RealNode) -> None:
