@@ -2,8 +2,9 @@
 
 What a ztunnel cannot see (HTTP attributes, request principals) and what cannot be read (a bad CIDR, an unknown
 field) must never open anything: an ALLOW rule with such a part is dropped, so it matches nothing; a DENY rule
-loses only that part, so it matches more, and is dropped when no other part remains. A policy object that
-cannot be judged at all is a ConfigFault; `closed` is what stands in its place when there is no older form.
+loses only that part, so it matches more. If it would then match everything, it denies what its readable
+alternatives and values say, and is dropped when there are none. A policy object that cannot be judged at all is a
+ConfigFault; `closed` is what stands in its place when there is no older form.
 """
 
 from __future__ import annotations
@@ -145,17 +146,31 @@ class _Unreadable(Exception):
 
 
 class _RuleReader:
-    """Reads one rule. ``dropped`` parts are reported in ``problems``; in ALLOW any such part drops the rule."""
+    """Reads one rule. ``dropped`` parts are reported in ``problems``; in ALLOW any such part drops the rule.
 
-    def __init__(self, where: str, action: Action, namespace: str, problems: list[Problem]) -> None:
+    What cannot be read among alternatives or values is taken to match everything, or with ``narrow`` nothing.
+    """
+
+    def __init__(
+        self, where: str, action: Action, namespace: str, problems: list[Problem], *, narrow: bool = False
+    ) -> None:
         self.where = where
         self.action = action
         self.namespace = namespace
         self.problems = problems
+        self.narrow = narrow
         self.incomplete = False
 
     def group(self, path: str, value: Any) -> Group | None:
         """None: the rule matches nothing."""
+        rules = self._rules(path, value)
+        if self.incomplete and self.action is Action.DENY and not rules:
+            rules = _RuleReader(self.where, self.action, self.namespace, [], narrow=True)._rules(path, value)
+        if self.incomplete and (self.action is Action.ALLOW or not rules):
+            return None
+        return Group(tuple(rules))
+
+    def _rules(self, path: str, value: Any) -> list[Rule]:
         rules: list[Rule] = []
         try:
             if value is None:  # an empty line; matching everything is written {}
@@ -171,9 +186,7 @@ class _RuleReader:
                 rules += self._one_of([self._condition(f"{path}.when[{index}]", condition)])
         except _Unreadable as part:
             self._report(part)
-        if self.incomplete and (self.action is Action.ALLOW or not rules):
-            return None
-        return Group(tuple(rules))
+        return rules
 
     def _alternatives(
         self, path: str, value: Any, inner: str, read: Callable[[str, dict[str, Any]], Match]
@@ -199,8 +212,9 @@ class _RuleReader:
                 matches.append(_ANYTHING)
         return self._one_of(matches)
 
-    @staticmethod
-    def _one_of(matches: list[Match]) -> list[Rule]:
+    def _one_of(self, matches: list[Match]) -> list[Rule]:
+        if self.narrow:
+            matches = [match for match in matches if match != _ANYTHING]
         return [] if not matches or _ANYTHING in matches else [Rule(tuple(matches))]
 
     def _source(self, path: str, source: dict[str, Any]) -> Match:
@@ -248,18 +262,23 @@ class _RuleReader:
                 self._report(_Unreadable(f"{path}.{_short(name)}", "is not a field known here"))
 
     def _values(self, path: str, body: dict[str, Any], name: str, read: Callable[[str], _T]) -> tuple[_T, ...]:
-        """The values of one field, or nothing (no constraint) if any of them cannot be read."""
+        """The values of one field, or nothing (no constraint) if any cannot be read; ``narrow``: those that can."""
         try:
             values = self._list(f"{path}.{name}", body.get(name))
             found: list[_T] = []
             for index, text in enumerate(values):
                 at = f"{path}.{name}[{index}]"
-                if not isinstance(text, str) or not text:
-                    raise _Unreadable(at, f"{_short(text)!r} must be a string that is not empty")
                 try:
-                    found.append(read(text))
-                except ValueError as error:
-                    raise _Unreadable(at, f"{text[:80]!r}: {error}") from None
+                    if not isinstance(text, str) or not text:
+                        raise _Unreadable(at, f"{_short(text)!r} must be a string that is not empty")
+                    try:
+                        found.append(read(text))
+                    except ValueError as error:
+                        raise _Unreadable(at, f"{text[:80]!r}: {error}") from None
+                except _Unreadable as part:
+                    if not self.narrow:
+                        raise
+                    self._report(part)
             return tuple(found)
         except _Unreadable as part:
             self._report(part)

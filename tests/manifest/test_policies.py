@@ -246,6 +246,35 @@ def test_a_deny_rule_of_which_nothing_remains_is_dropped(rule: str) -> None:
 
 
 @pytest.mark.parametrize(
+    ("rule", "denied", "other"),
+    [
+        (
+            "from: [{source: {principals: ['*/sa/cart']}}, {source: {requestPrincipals: ['*']}}]",
+            connection(),
+            connection(OTHER),
+        ),
+        ("from: [{source: {ipBlocks: [10.1.0.4, 10.1.0.0/33]}}]", connection(), connection(ip="10.1.0.5")),
+        ("from: [{source: {notIpBlocks: [10.1.0.4, nonsense]}}]", connection(ip="10.1.0.5"), connection()),
+        ("to: [{operation: {ports: ['8080', http]}}]", connection(), connection(port=8081)),
+        ("to: [{operation: {ports: ['8080']}}, {operation: {methods: [GET]}}]", connection(), connection(port=8081)),
+        ("when: [{key: source.ip, values: [10.1.0.4, nonsense]}]", connection(), connection(ip="10.1.0.5")),
+        (
+            "from: [{source: {namespaces: [shop]}}, {}]\nto: [{operation: {methods: [GET]}}]",
+            connection(),
+            connection(OTHER),
+        ),
+    ],
+)
+def test_a_deny_rule_denies_what_its_readable_alternatives_and_values_say(
+    rule: str, denied: Connection, other: Connection
+) -> None:
+    converted = convert(policy(one_rule(rule) | {"action": "DENY"}), MESH)
+    assert converted.policy is not None and converted.problems
+    assert isinstance(evaluate(denied, [converted.policy]), Denied)
+    assert isinstance(evaluate(other, [converted.policy]), Allowed)
+
+
+@pytest.mark.parametrize(
     ("spec", "where"),
     [
         ({"action": "ALOW"}, "spec.action"),
