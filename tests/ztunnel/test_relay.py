@@ -96,6 +96,26 @@ def test_a_reset_arrives_as_a_reset(path: Mesh, listener: socket.socket, who: st
     told.close()
 
 
+@pytest.mark.parametrize("kind", ["hbone", "tcp"])
+@pytest.mark.parametrize("who", ["client", "server"])
+def test_a_worker_that_is_killed_resets_what_it_carried(who: str, kind: str):
+    """An end instead would tell the application that what it got is all."""
+    require("net")
+    with mesh() as it:
+        if kind == "tcp":
+            hop = m.Hop(ip=it.ip, port=it.port, endpoint=f"{it.ip}:{it.port}")
+            it.set_route(kind="tcp", hops=(hop,))
+        near, far = connected(it, it.b.listen(it.ip, it.port))
+        near.sendall(b"half of a file")
+        assert far.recv(100) == b"half of a file"
+        far.sendall(b"half of an answer")
+        assert near.recv(100) == b"half of an answer"
+        (it.client if who == "client" or kind == "tcp" else it.server).process.kill()
+        for end in (near, far):
+            with pytest.raises(ConnectionResetError):
+                end.recv(10)
+
+
 def test_a_plain_close_is_no_reset(path: Mesh, listener: socket.socket):
     near, far = connected(path, listener)
     near.close()

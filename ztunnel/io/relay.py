@@ -1,8 +1,8 @@
 """Bytes between an application's socket and a stream of a tunnel, or another socket.
 
-Half-close is half-close and a reset is a reset, in both directions. Whoever does not read slows its sender
-down: a socket that takes nothing stops the credit of its stream, a stream without credit or a congested tunnel
-stops the reading of its socket.
+Half-close is half-close and a reset is a reset, in both directions; a worker that is killed is a reset. Whoever
+does not read slows its sender down: a socket that takes nothing stops the credit of its stream, a stream without
+credit or a congested tunnel stops the reading of its socket.
 """
 
 from __future__ import annotations
@@ -96,6 +96,7 @@ class StreamRelay(Relay):
         self._stream_eof = False
 
     def set_socket(self, sock: Socket) -> None:
+        sockets.guard(sock)
         self.sock = sock
         self.fd = sock.fileno()
         self._recv_into = sock.recv_into
@@ -287,7 +288,7 @@ class StreamRelay(Relay):
             if reset:
                 sockets.reset(sock)
             else:
-                sock.close()
+                sockets.close(sock)
         stream, connection = self.stream, self._connection
         if stream is not None and connection is not None:
             if not stream.dead:
@@ -323,6 +324,7 @@ class PlainRelay(Relay):
 
     def __init__(self, worker: Worker, pod: PodState, account: Account, near: Socket) -> None:
         super().__init__(worker, pod, account)
+        sockets.guard(near)
         self.near = near
         self.near_fd = near.fileno()
         self.far: Socket | None = None
@@ -333,6 +335,7 @@ class PlainRelay(Relay):
     def start(self) -> None:
         """``far`` is connected."""
         assert self.far is not None
+        sockets.guard(self.far)
         self.far_fd = self.far.fileno()
         self.worker.ledger.opened(self.account)
         self._read(self._forward)
@@ -439,7 +442,7 @@ class PlainRelay(Relay):
                 if reset:
                     sockets.reset(sock)
                 else:
-                    sock.close()
+                    sockets.close(sock)
         self.released()
 
     def released(self) -> None:

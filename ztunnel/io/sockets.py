@@ -22,6 +22,7 @@ SO_COOKIE: Final = 57
 KEEPALIVE_S: Final = 180
 CONNECT_TIMEOUT_S: Final = 10.0
 _LINGER_RESET: Final = struct.pack("ii", 1, 0)
+_LINGER_NOT: Final = struct.pack("ii", 0, 0)
 _CLONE_NEWNET: Final = 0x40000000
 _IN_PROGRESS: Final = (errno.EINPROGRESS, errno.EALREADY)
 _FLAGS: Final = socket.SOCK_STREAM | socket.SOCK_NONBLOCK | socket.SOCK_CLOEXEC
@@ -83,6 +84,24 @@ def tune(sock: Socket) -> None:
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
     sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, KEEPALIVE_S)
     sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, KEEPALIVE_S)
+
+
+def guard(sock: Socket) -> None:
+    """An application's socket: whoever closes it without `close` resets it. The kernel closes what a killed process
+    leaves behind, and an end that nobody meant would look to the application like the end of all it was sent."""
+    try:
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _LINGER_RESET)
+    except OSError:
+        pass  # the connection is gone already
+
+
+def close(sock: Socket) -> None:
+    """Close with FIN what was guarded, and let what it holds be sent."""
+    try:
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _LINGER_NOT)
+    except OSError:
+        pass  # the connection is gone already
+    sock.close()
 
 
 def reset(sock: Socket) -> None:
