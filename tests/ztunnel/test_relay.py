@@ -103,8 +103,7 @@ def test_a_worker_that_is_killed_resets_what_it_carried(who: str, kind: str):
     require("net")
     with mesh() as it:
         if kind == "tcp":
-            hop = m.Hop(ip=it.ip, port=it.port, endpoint=f"{it.ip}:{it.port}")
-            it.set_route(kind="tcp", hops=(hop,))
+            it.set_route(kind="tcp", hops=(m.Hop(ip=it.ip, port=it.port, endpoint=f"{it.ip}:{it.port}"),))
         near, far = connected(it, it.b.listen(it.ip, it.port))
         near.sendall(b"half of a file")
         assert far.recv(100) == b"half of a file"
@@ -114,6 +113,29 @@ def test_a_worker_that_is_killed_resets_what_it_carried(who: str, kind: str):
         for end in (near, far):
             with pytest.raises(ConnectionResetError):
                 end.recv(10)
+
+
+def receive(sock: socket.socket, count: int) -> bytes:
+    """So many bytes, or those before the end."""
+    got = b""
+    while len(got) < count and (data := sock.recv(count - len(got))):
+        got += data
+    return got
+
+
+@pytest.mark.parametrize("kind", ["hbone", "tcp"])
+def test_urgent_data_arrives_in_its_place(kind: str):
+    require("net")
+    with mesh() as it:
+        if kind == "tcp":
+            it.set_route(kind="tcp", hops=(m.Hop(ip=it.ip, port=it.port, endpoint=f"{it.ip}:{it.port}"),))
+        near, far = connected(it, it.b.listen(it.ip, it.port))
+        for sender, reader in ((near, far), (far, near)):
+            sender.sendall(b"abc")
+            sender.send(b"!", socket.MSG_OOB)
+            sender.sendall(b"def")
+            sender.shutdown(socket.SHUT_WR)
+            assert receive(reader, 100) == b"abc!def"
 
 
 def test_a_plain_close_is_no_reset(path: Mesh, listener: socket.socket):

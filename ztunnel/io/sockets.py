@@ -87,10 +87,12 @@ def tune(sock: Socket) -> None:
 
 
 def guard(sock: Socket) -> None:
-    """An application's socket: whoever closes it without `close` resets it. The kernel closes what a killed process
-    leaves behind, and an end that nobody meant would look to the application like the end of all it was sent."""
+    """An application's socket: no byte of it is lost unseen. Whoever closes it without `close` resets it: the kernel
+    closes what a killed process leaves behind, and an end that nobody meant would look to the application like the
+    end of all it was sent. Urgent data stays in its place among the rest, where recv() would leave it out."""
     try:
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _LINGER_RESET)
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_OOBINLINE, 1)
     except OSError:
         pass  # the connection is gone already
 
