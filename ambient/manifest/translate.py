@@ -47,6 +47,7 @@ class Translator:
         self._selecting: dict[str, dict[str, policies.Selector]] = {}  # namespace -> policy -> selector
         self._peer: dict[str, PeerMode] = {}
         self._peers = PeerModes.of((), mesh)
+        self._closed: set[tuple[str, str]] = set()  # kind and key of those that never had a good form
         self._dirty_pods: set[str] = set()
         self._dirty_services: set[str] = set()
         self._dirty_slices: set[str] = set()
@@ -72,6 +73,7 @@ class Translator:
         if handler is not None:
             if event.new is None:
                 self._problems.pop((event.kind.name, event.key), None)
+                self._closed.discard((event.kind.name, event.key))
             handler(event.key, event.old, event.new)
 
     def take(self) -> Diff:
@@ -170,12 +172,17 @@ class Translator:
         before = self.converted.pop(key, None)
         after: Converted | None = None
         if new is not None:
+            standing_closed = ("AuthorizationPolicy", key)
             try:
                 after = policies.convert(new, self.mesh)
                 self._problems["AuthorizationPolicy", key] = after.problems
+                self._closed.discard(standing_closed)
             except ConfigFault as fault:
-                kept = before if before is not None else policies.closed(new, self.mesh)
-                standing = "its last good form stays in force" if before is not None else "until then it allows nothing"
+                if before is not None and standing_closed not in self._closed:
+                    kept, standing = before, "its last good form stays in force"
+                else:
+                    kept, standing = policies.closed(new, self.mesh), "until then it allows nothing"
+                    self._closed.add(standing_closed)
                 problem = problem_of(fault)
                 problem = Problem(problem.where, problem.field, f"{problem.rule}; {standing}")
                 self._problems["AuthorizationPolicy", key] = (problem,)
@@ -201,15 +208,21 @@ class Translator:
         if new is None:
             self._peer.pop(key, None)
         else:
+            before, standing_closed = self._peer.get(key), ("PeerAuthentication", key)
             try:
                 mode, problems = peer_authentication.read(new, self.mesh)
                 self._problems["PeerAuthentication", key] = problems
+                self._closed.discard(standing_closed)
             except ConfigFault as fault:
                 problem = problem_of(fault)
                 self._problems["PeerAuthentication", key] = (
                     Problem(problem.where, problem.field, f"{problem.rule}; until then the last good form or STRICT"),
                 )
-                mode = self._peer.get(key) or peer_authentication.closed(new)
+                if before is not None and standing_closed not in self._closed:
+                    mode = before
+                else:
+                    mode = peer_authentication.closed(new)
+                    self._closed.add(standing_closed)
             self._peer[key] = mode
         self._dirty_peers = True
         namespace = key.partition("/")[0]

@@ -260,6 +260,20 @@ def test_a_bad_peer_authentication_keeps_its_last_good_form_or_is_strict(cluster
     assert cluster.workload("a").policies == (STRICT,)
 
 
+def test_what_never_was_good_stands_closed_for_whatever_it_selects_now(cluster: Cluster) -> None:
+    cluster.put(pod("a", "10.1.0.1", labels={"app": "a"}), pod("b", "10.1.0.2", labels={"app": "b"}))
+    a, b = ({"matchLabels": {"app": name}} for name in "ab")
+    cluster.put(authorization("p", action="DENNY", selector=a), peer("STRCT", selector=a))
+    assert cluster.workload("a").policies == (STRICT, "shop/p") and cluster.workload("b").policies == ()
+    cluster.put(authorization("p", action="DENNY", selector=b), peer("STRCT", selector=b))
+    assert cluster.workload("b").policies == (STRICT, "shop/p") and cluster.workload("a").policies == ()
+    assert "until then it allows nothing" in str(cluster.translator.problems[0])
+    # once good, it is the good form that stays
+    cluster.put(authorization("p", action="DENY", selector=b), peer("PERMISSIVE", selector=b))
+    cluster.put(authorization("p", action="DENNY", selector=a), peer("STRCT", selector=a))
+    assert cluster.workload("b").policies == ("shop/p",) and cluster.workload("a").policies == ()
+
+
 def test_a_bad_service_keeps_its_last_good_form_and_a_bad_pod_is_left_out(cluster: Cluster) -> None:
     cluster.put(service("web"), pod("a", "10.1.0.1"))
     world = cluster.put(service("web", clusterIP="nonsense"), pod("a", "10.1.0"), pod("b", "10.1.0.2", account="x/y"))
