@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from ambient.manifest.objects import AuthorizationPolicy, Condition, ConfigMap, Namespace
+from ambient.manifest.objects import AuthorizationPolicy, ConfigMap, Namespace
 from ambient.manifest.policies import Converted
 
 CONDITION = "ZtunnelAccepted"
@@ -21,7 +21,7 @@ class StatusPatch:
 
     namespace: str
     name: str
-    conditions: tuple[dict[str, Any], ...]
+    conditions: tuple[Any, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,18 +49,18 @@ def status_patch(item: AuthorizationPolicy, converted: Converted, now_text: str)
     ``now_text`` is the time in RFC 3339. A new observedGeneration alone is not written: on a server without
     a status subresource our own write would raise the generation again.
     """
-    have = list((item.status.conditions if item.status else None) or ())
-    old = next((c for c in have if c.type == CONDITION), None)
+    found = item.status.get("conditions") if isinstance(item.status, dict) else None
+    have = found if isinstance(found, list) else []
+    ours = [c for c in have if isinstance(c, dict) and c.get("type") == CONDITION]
+    others = tuple(c for c in have if c not in ours)
+    old = ours[0] if ours else None
     wanted = condition_of(converted)
     if wanted is None:
-        if old is None:
-            return None
-        others = tuple(_plain(c) for c in have if c.type != CONDITION)
-        return StatusPatch(item.namespace, item.name, others)
+        return None if old is None else StatusPatch(item.namespace, item.name, others)
     status, reason, message = wanted
-    if old is not None and (old.status, old.reason, old.message) == wanted:
+    if old is not None and (old.get("status"), old.get("reason"), old.get("message")) == wanted:
         return None
-    since = old.last_transition_time if old is not None and old.status == status else None
+    since = old.get("lastTransitionTime") if old is not None and old.get("status") == status else None
     new: dict[str, Any] = {
         "type": CONDITION,
         "status": status,
@@ -70,21 +70,7 @@ def status_patch(item: AuthorizationPolicy, converted: Converted, now_text: str)
     }
     if item.metadata.generation:
         new["observedGeneration"] = str(item.metadata.generation)  # a string in Istio's schema
-    others = tuple(_plain(c) for c in have if c.type != CONDITION)
     return StatusPatch(item.namespace, item.name, (*others, new))
-
-
-def _plain(condition: Condition) -> dict[str, Any]:
-    plain: dict[str, Any] = {"type": condition.type, "status": condition.status}
-    if condition.reason:
-        plain["reason"] = condition.reason
-    if condition.message:
-        plain["message"] = condition.message
-    if condition.last_transition_time is not None:
-        plain["lastTransitionTime"] = condition.last_transition_time
-    if condition.observed_generation is not None:
-        plain["observedGeneration"] = condition.observed_generation
-    return plain
 
 
 def root_writes(namespaces: Iterable[Namespace], have: Mapping[str, ConfigMap], bundle: str) -> tuple[RootWrite, ...]:
