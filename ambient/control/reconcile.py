@@ -11,7 +11,7 @@ from typing import Any
 
 from ambient.control.statuses import ROOT_CONFIG_MAP, RootWrite, StatusPatch, root_writes, status_patch
 from ambient.control.strict_delay import StrictDelay, Waiting, without_strict
-from ambient.manifest.kinds import Changed
+from ambient.manifest.kinds import KINDS, Changed
 from ambient.manifest.mesh import Mesh
 from ambient.manifest.objects import AuthorizationPolicy, ConfigMap, Namespace, Pod
 from ambient.manifest.problems import Problem
@@ -66,11 +66,14 @@ class Reconciler:
                     self._pods_on.setdefault(event.new.spec.node_name, {})[event.key] = event.new
 
     def unreadable(self, kind: str, key: str, problem: Problem | None) -> None:
-        """An object does not decode (its last good form stays), or does so again (None)."""
+        """An object does not decode (its last good form stays; a policy without one stands closed), or does so again
+        or is gone (None)."""
         if problem is None:
             self._unreadable.pop((kind, key), None)
+            self._translator.readable(KINDS[kind], key)
         else:
             self._unreadable[kind, key] = problem
+            self._translator.unreadable(KINDS[kind], key)
 
     def publish(self, now: float) -> World:
         """The World to serve after the changes so far."""

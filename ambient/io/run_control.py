@@ -91,6 +91,8 @@ class ControlPlane:
     def _reflector(self, kind: Kind[Any], field_selector: str = "") -> Reflector[Any]:
         def unreadable(key: str, problem: Problem | None) -> None:
             self.reconciler.unreadable(kind.name, key, problem)
+            self._changed = True
+            self._wake.set()
 
         return Reflector(self.client, kind, self._on_event, field_selector=field_selector, on_problem=unreadable)
 

@@ -13,7 +13,7 @@ from typing import Any
 
 from ambient.errors import ConfigFault
 from ambient.manifest import objects, peer_authentication, pods, policies, services
-from ambient.manifest.kinds import Changed
+from ambient.manifest.kinds import Changed, Kind
 from ambient.manifest.mesh import Mesh
 from ambient.manifest.peer_authentication import PeerMode, PeerModes
 from ambient.manifest.policies import Converted, selects
@@ -23,6 +23,9 @@ from ambient.model.address import IPAddress
 from ambient.model.policy import Policy, Scope
 from ambient.model.workload import Port, Service, TunnelProtocol, Workload, WorkloadStatus
 from ambient.model.world import Diff, World
+
+_POLICIES = ("AuthorizationPolicy", "PeerAuthentication")
+_NOT_DECODED = "does not decode"  # a spec that no policy has
 
 
 class Translator:
@@ -48,6 +51,7 @@ class Translator:
         self._peer: dict[str, PeerMode] = {}
         self._peers = PeerModes.of((), mesh)
         self._closed: set[tuple[str, str]] = set()  # kind and key of those that never had a good form
+        self._undecoded: set[tuple[str, str]] = set()  # those of them that did not even decode
         self._dirty_pods: set[str] = set()
         self._dirty_services: set[str] = set()
         self._dirty_slices: set[str] = set()
@@ -71,10 +75,27 @@ class Translator:
         """Note one change; kinds that no World depends on do nothing."""
         handler = self._handlers.get(event.kind.name)
         if handler is not None:
+            self._undecoded.discard((event.kind.name, event.key))
             if event.new is None:
                 self._problems.pop((event.kind.name, event.key), None)
                 self._closed.discard((event.kind.name, event.key))
             handler(event.key, event.old, event.new)
+
+    def unreadable(self, kind: Kind[Any], key: str) -> None:
+        """A policy exists and does not decode. Without a good form it stands closed for its whole namespace, until
+        `change` is told of it."""
+        known: Mapping[str, Any] = self._peer if kind.name == "PeerAuthentication" else self.converted
+        namespace, _, name = key.partition("/")
+        if kind.name in _POLICIES and name and key not in known:
+            meta = objects.Metadata(name=name, namespace=namespace)
+            self._handlers[kind.name](key, None, kind.struct(metadata=meta, spec=_NOT_DECODED))
+            self._problems.pop((kind.name, key), None)  # who decodes says why
+            self._undecoded.add((kind.name, key))
+
+    def readable(self, kind: Kind[Any], key: str) -> None:
+        """It decodes again, which `change` tells, or is gone."""
+        if (kind.name, key) in self._undecoded:
+            self.change(Changed(kind, key, None, None))
 
     def take(self) -> Diff:
         """Compute what was touched, replace ``world``, and say what differs."""

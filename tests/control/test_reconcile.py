@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 from typing import Any
 
 import pytest
@@ -19,7 +20,9 @@ from ambient.manifest.mesh import Mesh
 from ambient.manifest.peer_authentication import is_strict
 from ambient.manifest.problems import Problem
 from ambient.model.address import parse_ip
+from ambient.model.policy import Action, Scope
 from ambient.model.workload import TunnelProtocol, Workload
+from ambient.model.world import World
 
 UID = "Kubernetes//Pod/shop/web"
 STRICT = "istio-system/istio_converted_static_strict"
@@ -284,6 +287,23 @@ def test_a_status_is_written_once_and_others_conditions_stay() -> None:
     assert patches(plane) == []
 
 
+@pytest.mark.parametrize(
+    "status", ["x", [], {"conditions": "x"}, {"conditions": [5, {"type": "Other", "message": None}]}]
+)
+def test_a_status_of_any_shape_does_not_keep_the_policy_from_being_read(status: Any) -> None:
+    value = {
+        "metadata": {"name": "p", "namespace": "shop"},
+        "spec": {"action": "DENY", "rules": [{}]},
+        "status": status,
+    }
+    item = kinds.AUTHORIZATION_POLICY.decode(json.dumps(value).encode())
+    plane = Plane(item)
+    assert plane.reconciler.publish(plane.now).policies["shop/p"].action is Action.DENY
+    [patch] = patches(plane)
+    foreign = status["conditions"] if isinstance(status, dict) and isinstance(status["conditions"], list) else []
+    assert list(patch.conditions[:-1]) == foreign and patch.conditions[-1]["type"] == "ZtunnelAccepted"
+
+
 def test_a_message_that_changes_keeps_the_time_and_a_status_that_changes_takes_the_new_one() -> None:
     old = "2026-01-01T00:00:00Z"
     condition = {"type": "ZtunnelAccepted", "status": "False", "reason": "UnsupportedValue", "message": "old"}
@@ -356,6 +376,32 @@ def test_an_object_that_does_not_decode_is_among_the_problems_until_it_does() ->
     assert plane.reconciler.problems == (problem,)
     plane.reconciler.unreadable("Pod", "shop/web", None)
     assert plane.reconciler.problems == ()
+
+
+def test_a_policy_that_never_decoded_stands_closed_until_it_does_or_is_gone() -> None:
+    plane = Plane(pod(True))
+
+    def told(problem: Problem | None) -> World:
+        for kind in ("AuthorizationPolicy", "PeerAuthentication"):
+            plane.reconciler.unreadable(kind, "shop/p", problem)
+        return plane.reconciler.publish(plane.now)
+
+    world = told(problem := Problem("AuthorizationPolicy shop/p", "metadata", "is nested too deeply"))
+    assert (world.policies["shop/p"].action, world.policies["shop/p"].groups) == (Action.ALLOW, ())
+    assert world.policies["shop/p"].scope is Scope.NAMESPACE and world.workloads[UID].policies == (STRICT,)
+    assert plane.reconciler.problems == (problem, problem)
+    world = told(None)  # gone
+    assert "shop/p" not in world.policies and world.workloads[UID].policies == ()
+    assert plane.reconciler.problems == ()
+
+
+def test_a_policy_that_does_not_decode_any_more_stays_as_it_was() -> None:
+    plane = Plane(policy(action="DENY", rules=[{}]))
+    before = plane.reconciler.publish(plane.now).policies["shop/p"]
+    plane.reconciler.unreadable("AuthorizationPolicy", "shop/p", Problem("p", "spec", "bad"))
+    assert plane.reconciler.publish(plane.now).policies["shop/p"] == before
+    plane.reconciler.unreadable("AuthorizationPolicy", "shop/p", None)
+    assert plane.reconciler.publish(plane.now).policies["shop/p"] == before
 
 
 def test_the_world_is_shown_in_words() -> None:
