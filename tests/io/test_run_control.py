@@ -88,12 +88,12 @@ async def test_a_policy_is_told_whether_ztunnels_enforce_it(cluster: Cluster) ->
 
         async def condition(name: str) -> Any:
             item = await cluster.client.get(AUTHORIZATION_POLICY, name, "shop")
-            return item.status and item.status.conditions and item.status.conditions[0]
+            return item.status and item.status["conditions"][0]
 
         good, http = await eventually(lambda: condition("good")), await eventually(lambda: condition("http"))
-        assert (good.type, good.status, good.reason) == ("ZtunnelAccepted", "True", "Accepted")
-        assert (http.status, http.reason) == ("False", "UnsupportedValue")
-        assert "spec.rules[0].to[0].operation.methods" in http.message
+        assert (good["type"], good["status"], good["reason"]) == ("ZtunnelAccepted", "True", "Accepted")
+        assert (http["status"], http["reason"]) == ("False", "UnsupportedValue")
+        assert "spec.rules[0].to[0].operation.methods" in http["message"]
 
 
 async def test_without_subscribers_strict_follows_the_annotation_at_once(cluster: Cluster) -> None:
