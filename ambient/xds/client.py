@@ -18,6 +18,7 @@ from dataclasses import dataclass, field
 from typing import Final
 
 from google.protobuf import struct_pb2
+from google.protobuf.message import DecodeError
 
 from ambient.errors import PeerFault
 from ambient.model.policy import Policy
@@ -201,8 +202,11 @@ def rejected_names(error: discovery_pb2.ErrorDetail) -> tuple[str, ...] | None:
     """Names a NACK lists, None if it lists none (then the whole response was refused)."""
     for detail in error.details:
         names = struct_pb2.ListValue()
-        if detail.Is(struct_pb2.ListValue.DESCRIPTOR) and detail.Unpack(names):
-            return tuple(value.string_value for value in names.values)
+        try:
+            if detail.Is(struct_pb2.ListValue.DESCRIPTOR) and detail.Unpack(names):
+                return tuple(value.string_value for value in names.values)
+        except DecodeError:
+            continue
     return None
 
 

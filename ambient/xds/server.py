@@ -39,11 +39,17 @@ from ambient.xds.resources import ADDRESS_TYPE, AUTHORIZATION_TYPE, NAME_BYTES_M
 from ambient.xds.store import Store
 
 CLIENTS_MAX: Final = 20_000
+CLIENTS_OF_NODE_MAX: Final = 32
+"""Those that just left included: one node cannot take the room of all others."""
 ROUNDS_IN_FLIGHT_MAX: Final = 4
+ROUNDS_ASKED_MAX: Final = 64
+"""The same when the client asked for something besides: it has to acknowledge before it is answered again."""
 RESPONSE_BYTES: Final = 1024 * 1024
 """A response is closed when its resources reach this size."""
 TYPES_MAX: Final = 16
 NAMES_MAX: Final = 1_000_000
+NAME_CHARS_MAX: Final = 64 * 1024 * 1024
+"""Of all names and versions that a client makes us remember."""
 NACKS_KEPT: Final = 16
 CONTROL: Final = "(control plane)"
 """Stands for ourselves among the nodes waited for: the World does not say it yet."""
@@ -113,13 +119,14 @@ class _Sent:
     type_url: str
     names: dict[str, bool]
     """Resource name -> hbone, removed ones too (False)."""
+    removed: frozenset[str]
 
 
 class Session:
     """One stream of one client. Made by `Server.open`, ended by `Server.close`."""
 
     def __init__(self, store: Store, node: str, acknowledged: Callable[[], None]) -> None:
-        self.node = node
+        self.node = self.proved_node = node
         self.role = ""
         self.id = ""
         self.nack_count = 0
@@ -133,6 +140,7 @@ class Session:
         self._pending: dict[str, _Sent] = {}
         self._round = 0
         self._nonce = 0
+        self._name_chars = 0
         self._acknowledged: dict[str, bool | None] = {}
         """Address resources the client has: name -> hbone, None if it has some version we do not know."""
         self._nacks: deque[Nack] = deque(maxlen=NACKS_KEPT)
@@ -161,6 +169,7 @@ class Session:
             raise PeerFault(f"more than {TYPES_MAX} resource types on one stream")
         if len(request.initial_resource_versions) > NAMES_MAX:
             raise PeerFault(f"more than {NAMES_MAX} initial_resource_versions")
+        self._remember(sum(len(name) + len(version) for name, version in request.initial_resource_versions.items()))
         subscription = _Subscription(sent=dict(request.initial_resource_versions))
         # a first request without names is a wildcard one (delta xDS)
         subscription.wildcard = not request.resource_names_subscribe
@@ -168,6 +177,11 @@ class Session:
         if request.type_url == ADDRESS_TYPE:
             self._acknowledged = dict.fromkeys(subscription.sent)
         return subscription
+
+    def _remember(self, chars: int) -> None:
+        self._name_chars += chars
+        if self._name_chars > NAME_CHARS_MAX:
+            raise PeerFault(f"names of more than {NAME_CHARS_MAX} characters")
 
     def _change_names(self, request: discovery_pb2.DeltaDiscoveryRequest, subscription: _Subscription) -> None:
         for name in request.resource_names_subscribe:
@@ -177,14 +191,18 @@ class Session:
                 if not subscription.wildcard:
                     subscription.wildcard, subscription.seen = True, -1
                 continue
-            subscription.names.add(name)
+            if name not in subscription.names:
+                self._remember(len(name))
+                subscription.names.add(name)
             subscription.asked.add(name)
         if len(subscription.names) > NAMES_MAX:
             raise PeerFault(f"more than {NAMES_MAX} names subscribed")
         for name in request.resource_names_unsubscribe:
             if name == "*":
                 subscription.wildcard = False
-            subscription.names.discard(name)
+            if name in subscription.names:
+                self._remember(-len(name))
+                subscription.names.discard(name)
             subscription.asked.discard(name)
 
     def _take_answer(self, request: discovery_pb2.DeltaDiscoveryRequest) -> Nack | None:
@@ -197,13 +215,18 @@ class Session:
         nack, refused = None, frozenset[str]()
         if request.HasField("error_detail"):
             listed = rejected_names(request.error_detail)
-            refused = frozenset(sent.names if listed is None else listed)
+            # who names nothing that it was sent has refused all of it
+            refused = frozenset(sent.names.keys() & set(listed or ())) or frozenset(sent.names)
             nack = Nack(request.type_url, tuple(sorted(refused)), request.error_detail.message[:4096])
             self.nack_count += 1
             self._nacks.append(nack)
         if request.type_url == ADDRESS_TYPE:
             for name, hbone in sent.names.items():
-                if name not in refused:
+                if name in refused:
+                    continue
+                if name in sent.removed:
+                    self._acknowledged.pop(name, None)  # or pods that are long gone would be remembered for ever
+                else:
                     self._acknowledged[name] = hbone
         if not any(other.generation <= sent.generation for other in self._pending.values()):
             self.generation_acknowledged = max(self.generation_acknowledged, sent.generation)
@@ -233,14 +256,16 @@ class Session:
         )
         names = dict.fromkeys(planned.removed, False)
         names.update({resource.name: resource.hbone for resource in planned.resources})
-        self._pending[nonce] = _Sent(self._round, self.generation_sent, planned.type_url, names)
+        removed = frozenset(planned.removed)
+        self._pending[nonce] = _Sent(self._round, self.generation_sent, planned.type_url, names, removed)
         return Response(nonce, planned.type_url, payload, len(planned.resources), len(planned.removed))
 
     def _plan_round(self) -> None:
         if self._store.generation == 0:
             return  # no World yet: an empty answer would tell the client that the mesh is empty
         owed = any(s.seen < 0 or s.asked for s in self._subscriptions.values())
-        if not owed and len({sent.round for sent in self._pending.values()}) >= ROUNDS_IN_FLIGHT_MAX:
+        in_flight = len({sent.round for sent in self._pending.values()})
+        if in_flight >= (ROUNDS_ASKED_MAX if owed else ROUNDS_IN_FLIGHT_MAX):
             return
         policies_gone: list[str] = []
         parts: list[_Planned] = []
@@ -271,26 +296,26 @@ class Session:
         if names is None or not subscription.wildcard:
             names = frozenset(sent) | frozenset(wanted)
         changed: list[Resource] = []
-        removed: list[str] = []
+        removed: dict[str, None] = {}  # in order
         again: set[str] = set()
         for name in subscription.asked:
             found = store.resolve(type_url, name)
             again.update(resource.name for resource in found)
             if not found:
-                removed.append(name)  # tells the client that there is no such thing
+                removed[name] = None  # tells the client that there is no such thing
         subscription.asked.clear()
         for name in sorted(names | again):
             resource = wanted.get(name)
             if resource is None:
-                if sent.pop(name, None) is not None and name not in removed:
-                    removed.append(name)
+                if sent.pop(name, None) is not None:
+                    removed[name] = None
             elif name in again or sent.get(name) != resource.version:
                 sent[name] = resource.version
                 changed.append(resource)
             elif subscription.seen < 0 and type_url == ADDRESS_TYPE and name in self._acknowledged:
                 self._acknowledged[name] = resource.hbone  # it said that it has this very version
         subscription.seen = store.generation
-        return changed, removed
+        return changed, list(removed)
 
     # ---- status ----
 
@@ -368,6 +393,7 @@ class Server:
         self.nacks_total = 0
         self._sessions: set[Session] = set()
         self._departed: set[Session] = set()
+        self._of_node: dict[str, list[Session]] = {}
         self._listeners: set[Callable[[], None]] = set()
 
     def set_world(self, world: World) -> bool:
@@ -382,7 +408,14 @@ class Server:
         there are too many."""
         if len(self._sessions) + len(self._departed) >= CLIENTS_MAX:
             raise PeerFault(f"more than {CLIENTS_MAX} discovery clients")
+        same = self._of_node.get(node, [])
+        if node and len(same) >= CLIENTS_OF_NODE_MAX:
+            left = next((session for session in same if session in self._departed), None)
+            if left is None:
+                raise PeerFault(f"more than {CLIENTS_OF_NODE_MAX} discovery clients on node {node}")
+            self.bury(left)
         session = Session(self.store, node, self._tell)
+        self._of_node.setdefault(node, []).append(session)
         self._sessions.add(session)
         return session
 
@@ -399,6 +432,10 @@ class Server:
         """The client had its time to come back (`ControlSettings.acknowledge_timeout_s`)."""
         if session in self._departed:
             self._departed.discard(session)
+            same = self._of_node[session.proved_node]
+            same.remove(session)
+            if not same:
+                del self._of_node[session.proved_node]
             self._tell()
 
     def connected(self) -> tuple[ClientState, ...]:
