@@ -121,10 +121,14 @@ def _key(meta: _Key) -> str:
 
 
 def decode_page(kind: Kind[T], body: bytes) -> tuple[Listing[T], str]:
-    """One page of a list and its continue token. An item that does not decode is reported, the rest stays."""
+    """One page of a list and its continue token. An item that does not decode is reported, the rest stays.
+
+    Raises ApiUnreachable for what is no list: every list has a version, and an empty answer of something that stands
+    before the API server must not pass for an empty cluster.
+    """
     try:
         page = msgspec.json.decode(body, type=_Page[kind.struct])  # type: ignore[name-defined]
-        return Listing(tuple(page.items or ()), page.metadata.resource_version), page.metadata.continue_
+        return Listing(tuple(page.items or ()), _version(kind, page.metadata)), page.metadata.continue_
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
         pass
     try:
@@ -138,7 +142,13 @@ def decode_page(kind: Kind[T], body: bytes) -> tuple[Listing[T], str]:
             items.append(kind.decode(item))
         except ConfigFault as fault:
             unreadable[_key(_metadata(item))] = problem_of(fault)
-    return Listing(tuple(items), raw.metadata.resource_version, unreadable), raw.metadata.continue_
+    return Listing(tuple(items), _version(kind, raw.metadata), unreadable), raw.metadata.continue_
+
+
+def _version(kind: Kind[Any], meta: _ListMeta) -> str:
+    if not meta.resource_version:
+        raise ApiUnreachable(f"list of {kind.plural}: not a Kubernetes list: it has no resourceVersion")
+    return meta.resource_version
 
 
 def _metadata(raw: msgspec.Raw) -> _Key:

@@ -135,6 +135,9 @@ class Reflector(Generic[T]):
             async for event in watch:
                 events += 1
                 if event.resource_version:
+                    if _earlier(event.resource_version, self._version):  # etcd was restored from a backup
+                        message = f"the API server went back from version {self._version} to {event.resource_version}"
+                        raise ApiStatus(410, "Expired", message)
                     self._version = event.resource_version
                 self._expiries = 0
                 self._succeeded()
@@ -153,8 +156,12 @@ class Reflector(Generic[T]):
     def _put(self, key: str, item: T) -> None:
         self._readable(key)
         old = self._cache.get(key)
-        if old is not None and old.metadata.resource_version == item.metadata.resource_version != "":
+        # the version alone does not tell: after a restore from a backup it may be given again
+        if old is not None and old == item and item.metadata.resource_version:
             return
+        if old is not None and old.metadata.uid != item.metadata.uid:
+            self._remove(key)  # another object: nothing of the earlier one of its name counts any more
+            old = None
         self._cache[key] = item
         self._on_event(Changed(self.kind, key, old, item))
 
@@ -199,3 +206,8 @@ class Reflector(Generic[T]):
             log.warning("reflector of %s: %s; trying again in %.1f s", self.kind.plural, error, pause_s)
         self.failures += 1
         await asyncio.sleep(pause_s)
+
+
+def _earlier(version: str, known: str) -> bool:
+    """Whether a version is certainly earlier; versions that are not numbers are not compared."""
+    return version.isdecimal() and known.isdecimal() and int(version) < int(known)

@@ -184,6 +184,23 @@ def test_a_reader_that_stops_stops_its_sender_and_no_neighbour(path: Mesh, liste
     far.close()
 
 
+@pytest.mark.parametrize("who", ["client", "server"])
+def test_many_readers_that_stop_stop_no_neighbour(path: Mesh, listener: socket.socket, who: str):
+    with contextlib.ExitStack() as open_ones:
+        for _ in range(12):
+            near, far = map(open_ones.enter_context, connected(path, listener))
+            sender = near if who == "client" else far
+            sender.settimeout(0.3)
+            with contextlib.suppress(TimeoutError):
+                sender.sendall(bytes(64 * 1024 * 1024))
+        near, far = map(open_ones.enter_context, connected(path, listener))
+        sender, reader = (near, far) if who == "client" else (far, near)
+        reader.settimeout(10)
+        for _ in range(20):
+            sender.sendall(bytes(50_000))
+            assert len(receive(reader, 50_000)) == 50_000
+
+
 def test_a_connection_to_a_closed_port_is_reset_and_logged_with_its_status(path: Mesh):
     path.client.control.events.clear()
     with pytest.raises(ConnectionResetError):
