@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import subprocess
 import sys
@@ -22,9 +23,13 @@ def test_every_step_of_the_demo_is_as_said_and_both_ways_within_a_node_are_shown
     done = subprocess.run(argv, capture_output=True, text=True, timeout=300, check=False)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     assert "All as said" in done.stdout and not Path(Lab(name).directory).exists()
-    rows = [line.split() for line in done.stdout.splitlines() if "shop/client" in line]
+    # NODE PATH DIRECTION SOURCE DESTINATION ... REDIRECTED AGE, where a direction may be missing
+    rows = [line.split() for line in done.stdout.splitlines() if " shop/client " in line]
     paths = {
-        row[3].partition("-")[0]: (row[1], int(row[-2])) for row in rows if row[1:2] and row[3].startswith("shop/")
+        destination.partition("-")[0]: (row[1], int(row[-2]))
+        for row in rows
+        for source, destination in itertools.pairwise(row)
+        if source == "shop/client" and destination.startswith("shop/")
     }
     if "redirection is off on this kernel" not in done.stdout:
         assert paths["shop/cart"][0] == "redirect" and paths["shop/cart"][1] > 0
