@@ -62,15 +62,19 @@ class Stream:
         "receive_window",
         "receiving",
         "remote_open",
+        "returned_at",
         "send_window",
         "unreturned",
+        "window",
     )
 
     def __init__(self, identifier: int, owner: StreamOwner, send_window: int, receive_window: int) -> None:
         self.id = identifier
         self.owner = owner
         self.send_window = send_window
-        self.receive_window = receive_window
+        self.receive_window = self.window = receive_window
+        """What the peer may still send; and that with what is here and was not returned to it."""
+        self.returned_at = 0.0
         self.unreturned = 0
         """Bytes consumed but not yet returned to the peer as credit."""
         self.local_open = True

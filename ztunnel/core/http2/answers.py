@@ -160,6 +160,7 @@ class Answers(Sending):
         else:
             stream = Stream(identifier, DISCARD, self.peer_stream_window, self.limits.stream_window)
             stream.receiving = True
+            stream.returned_at = now
             self.streams[identifier] = stream
             self.owner.request(stream, fields)
             if end_stream and stream.remote_open:

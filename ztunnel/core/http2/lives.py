@@ -25,6 +25,7 @@ class Lives:
         "_last_peer",
         "_next_id",
         "_role",
+        "_spare",
         "closed",
         "draining",
         "limits",
@@ -51,6 +52,8 @@ class Lives:
         self._closed_streams: OrderedDict[int, bool] = OrderedDict()
         """The last that ended, and whether we reset them: then the peer may not know yet."""
         self._calm_errors = Bucket(200, 20)
+        self._spare = max(0, limits.connection_window - limits.returned_late - limits.streams * limits.stream_window)
+        """Credit that no stream needs to begin with: for those that are quick."""
 
     @property
     def can_open(self) -> bool:
@@ -92,6 +95,7 @@ class Lives:
     def _forget(self, stream: Stream, *, reset_by_us: bool) -> None:
         stream.dead = True
         stream.local_open = stream.remote_open = stream.receiving = False
+        self._spare += stream.window - self.limits.stream_window
         self.streams.pop(stream.id, None)
         self._blocked.pop(stream.id, None)
         self._remember(stream.id, reset_by_us=reset_by_us)

@@ -17,6 +17,8 @@ FULL: Final = memoryview(b"")
 """`Connection.reserve`: the output buffer has no room; write it out first."""
 
 _MIN_ROOM: Final = 1024
+_GROW_S: Final = 0.05
+_SHRINK_S: Final = 1.0
 
 
 class Sending(Lives):
@@ -29,7 +31,6 @@ class Sending(Lives):
         "_ping_at",
         "_receive_window",
         "_return_connection_at",
-        "_return_stream_at",
         "_settings_acknowledged",
         "_started_at",
         "_unreturned",
@@ -49,8 +50,7 @@ class Sending(Lives):
         self.send_window = frames.WINDOW_DEFAULT
         self._receive_window = limits.connection_window
         self._unreturned = 0
-        self._return_connection_at = limits.connection_window >> 1
-        self._return_stream_at = limits.stream_window >> 1
+        self._return_connection_at = limits.returned_late
         self._goaway_sent: int | None = None
         self._settings_acknowledged = False
         self._started_at = now
@@ -80,6 +80,7 @@ class Sending(Lives):
             raise OurFault("a stream was opened where none may be")
         stream = Stream(self._next_id, owner, self.peer_stream_window, self.limits.stream_window)
         self._next_id += 2
+        stream.returned_at = self._heard_at
         self.streams[stream.id] = stream
         self._put_headers(stream, block, end_stream=False)
         return stream
@@ -163,10 +164,25 @@ class Sending(Lives):
             self._unreturned = 0
         if stream.remote_open:
             stream.unreturned += count
-            if stream.unreturned >= self._return_stream_at:
-                self.output.put(frames.window_update(stream.id, stream.unreturned))
-                stream.receive_window += stream.unreturned
-                stream.unreturned = 0
+            if stream.unreturned >= stream.window >> 1:
+                self._return(stream)
+
+    def _return(self, stream: Stream) -> None:
+        """Credit for what was consumed. A window of which half is gone in `_GROW_S` doubles while there is some to
+        spare, and one that lasts for `_SHRINK_S` halves."""
+        lasted = self._heard_at - stream.returned_at
+        stream.returned_at = self._heard_at
+        change = 0
+        if lasted < _GROW_S:
+            change = min(stream.window, self.limits.stream_window_max - stream.window, self._spare)
+        elif lasted > _SHRINK_S:
+            change = -min(stream.window >> 1, stream.window - self.limits.stream_window)
+        stream.window += change
+        self._spare -= change
+        credit, stream.unreturned = stream.unreturned + change, 0
+        if credit:
+            self.output.put(frames.window_update(stream.id, credit))
+            stream.receive_window += credit
 
     def _unread(self, count: int) -> None:
         """Credit of the connection for bytes nobody will read."""

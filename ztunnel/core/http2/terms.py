@@ -19,15 +19,21 @@ class Role(enum.Enum):
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """What we advertise and enforce; the numbers are those of Istio's ztunnel."""
+    """What we advertise and enforce; most numbers are those of Istio's ztunnel.
 
-    stream_window: int = 4 * 1024 * 1024
-    connection_window: int = 16 * 1024 * 1024
+    The windows of all streams together never exceed the connection's: readers that stop take nobody's credit. So each
+    begins small, and only who is quick gets more, of what the others leave (`Sending._return`).
+    """
+
+    stream_window: int = 64 * 1024
+    """At first: not less than the 65,535 of a peer that has not read our SETTINGS yet."""
+    stream_window_max: int = 4 * 1024 * 1024
+    connection_window: int = 24 * 1024 * 1024
     frame_bytes: int = 1024 * 1024
     header_list_bytes: int = 64 * 1024
     """16 KiB for a client, 64 KiB for a server."""
     streams: int = 200
-    """Concurrent streams a peer may open (server)."""
+    """Concurrent streams a peer may open (server), or we do (client)."""
     chunk_bytes: int = 128 * 1024
     """Largest DATA frame we send: how long one stream may keep the others waiting."""
     settings_timeout_s: float = 10.0
@@ -36,8 +42,13 @@ class Limits:
     drain_pause_s: float = 1.0
     """Between the first GOAWAY and the one that names the last stream."""
 
+    @property
+    def returned_late(self) -> int:
+        """The connection's credit is returned in steps of so much."""
+        return self.connection_window >> 3
 
-CLIENT_LIMITS: Final = Limits(header_list_bytes=16 * 1024)
+
+CLIENT_LIMITS: Final = Limits(header_list_bytes=16 * 1024, streams=100)
 SERVER_LIMITS: Final = Limits()
 
 
