@@ -87,6 +87,47 @@ async def test_every_event_moves_the_version_and_the_copy(api: Api, client: Kube
     assert api.watch_queries[1]["resourceVersion"] == "10"
 
 
+@pytest.mark.parametrize("answer", [{}, {"metadata": {}, "items": []}, {"kind": "Status", "code": 200}])
+async def test_an_answer_that_is_no_list_empties_nothing(
+    api: Api, client: KubeClient, seen: Seen, answer: dict[str, Any]
+) -> None:
+    api.list(pod("a", 1), version=7).watch_fails(410)
+
+    async def no_list(_: web.Request) -> web.Response:
+        return web.json_response(answer)
+
+    api.lists.append(no_list)
+    api.list(pod("a", 1), version=8)
+    async with Running(client, seen) as reflector:
+        await api.watched(2)
+        assert set(reflector.objects) == {"shop/a"}
+    assert seen.events == [("added", "a", "1")]
+
+
+@pytest.mark.parametrize("first", [bookmark(5), event("MODIFIED", pod("a", 6, app="x"))])
+async def test_a_server_that_went_back_in_time_is_listed_again(
+    api: Api, client: KubeClient, seen: Seen, first: bytes
+) -> None:
+    api.list(pod("a", 3), pod("b", 4), version=7).watch(first, hang=True)
+    api.list(pod("a", 3, app="restored"), version=6)
+    async with Running(client, seen) as reflector:
+        await api.watched(2)
+        assert reflector.objects["shop/a"].labels == {"app": "restored"}
+    assert seen.events[2:] == [("changed", "a", "3"), ("deleted", "b", "4")]
+    assert api.watch_queries[1]["resourceVersion"] == "6"
+
+
+async def test_another_object_of_the_same_name_is_not_a_change_of_the_first(
+    api: Api, client: KubeClient, seen: Seen
+) -> None:
+    first, second = pod("a", 3), pod("a", 9)
+    first["metadata"]["uid"], second["metadata"]["uid"] = "one", "two"
+    api.list(first, version=7).watch_fails(410).list(second, version=10)
+    async with Running(client, seen):
+        await api.watched(2)
+    assert seen.events == [("added", "a", "3"), ("deleted", "a", "3"), ("added", "a", "9")]
+
+
 async def test_a_bookmark_moves_the_version_and_reports_nothing(api: Api, client: KubeClient, seen: Seen) -> None:
     api.list(version=7).watch(bookmark(4711))
     async with Running(client, seen):
