@@ -3,7 +3,8 @@
 Every call is authenticated (`ambient.io.authentication`). Discovery and AwaitAcknowledged are for node
 accounts only: the World says who talks to whom in the whole cluster, and a stranger's stream that never
 acknowledged would hold up every enrolment. A certificate may be asked for by anyone, and
-`ambient.control.certificates` decides.
+`ambient.control.certificates` decides. Every method is served as a stream, which looks the same on the wire: so a
+request is taken in only after its sender was authenticated, and strangers cannot fill our memory with them.
 
 Per client there is one task that reads and one that writes; a write waits for the client's flow control, and
 meanwhile that client's changes pile up in the World alone (`ambient.xds.server`), so a slow client costs one
@@ -17,7 +18,9 @@ import logging
 import time
 from collections import Counter
 from collections.abc import AsyncIterator, Callable
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TypeVar
+
+from google.protobuf.message import DecodeError
 
 from ambient.control.certificates import Caller, PodsOnNode, Refused, Rules, authorize, renew_at
 from ambient.errors import AmbientError, PeerFault
@@ -29,13 +32,17 @@ from ambient.proto import ca_pb2, discovery_pb2, mesh_pb2
 from ambient.settings import ControlSettings
 from ambient.xds.server import Server
 
-RECEIVE_BYTES_MAX = 64 * 1024 * 1024
-"""Largest request: initial_resource_versions of a client that knows a very large mesh."""
+RECEIVE_BYTES_MAX = 16 * 1024 * 1024
+"""Largest request: initial_resource_versions of a client that knows a very large mesh (200,000 resources)."""
+REQUEST_TIMEOUT_S = 10.0
+CERTIFICATES_OF_CALLER_MAX = 16
+"""Calls of one pod for certificates at the same time; a node asks for eight."""
 POLL_S = 2.0
 STOP_GRACE_S = 0.5
 ACKNOWLEDGE_WAITERS_MAX = 4096
 
 Context = grpc.aio.ServicerContext[Any, Any]
+_Request = TypeVar("_Request")
 _log = logging.getLogger(__name__)
 
 _OPTIONS = (
@@ -75,6 +82,7 @@ class ControlServer:
         self._credentials: _Credentials | None = None
         self._server: grpc.aio.Server | None = None
         self._waiters = 0
+        self._asking: Counter[str] = Counter()
 
     async def start(self) -> None:
         """Listen on every address of ``settings.listen``. Raises AmbientError if one cannot be had."""
@@ -136,7 +144,7 @@ class ControlServer:
             grpc.method_handlers_generic_handler(
                 "istio.v1.auth.IstioCertificateService",
                 {
-                    "CreateCertificate": grpc.unary_unary_rpc_method_handler(
+                    "CreateCertificate": grpc.stream_unary_rpc_method_handler(
                         self._create_certificate,
                         request_deserializer=ca_pb2.IstioCertificateRequest.FromString,
                         response_serializer=ca_pb2.IstioCertificateResponse.SerializeToString,
@@ -146,7 +154,7 @@ class ControlServer:
             grpc.method_handlers_generic_handler(
                 "ambient.v1.Mesh",
                 {
-                    "AwaitAcknowledged": grpc.unary_unary_rpc_method_handler(
+                    "AwaitAcknowledged": grpc.stream_unary_rpc_method_handler(
                         self._await_acknowledged,
                         request_deserializer=mesh_pb2.AwaitAcknowledgedRequest.FromString,
                         response_serializer=mesh_pb2.AwaitAcknowledgedResponse.SerializeToString,
@@ -216,7 +224,7 @@ class ControlServer:
                 if not reader.done():
                     await wake.wait()
             failure = reader.exception()
-            if isinstance(failure, PeerFault):
+            if isinstance(failure, PeerFault | DecodeError):
                 await self._abort(context, grpc.StatusCode.INVALID_ARGUMENT, str(failure))
             if failure is not None:
                 raise failure
@@ -226,10 +234,39 @@ class ControlServer:
             asyncio.get_running_loop().call_later(self._settings.acknowledge_timeout_s, self._discovery.bury, session)
             reader.cancel()
 
+    async def _one(self, requests: AsyncIterator[_Request], context: Context) -> _Request:
+        """The one request of a call that is not a stream."""
+        code, why = grpc.StatusCode.INVALID_ARGUMENT, "no request"
+        try:
+            async with asyncio.timeout(REQUEST_TIMEOUT_S):
+                async for request in requests:
+                    return request
+        except TimeoutError:
+            code, why = grpc.StatusCode.DEADLINE_EXCEEDED, f"no request in {REQUEST_TIMEOUT_S:.0f} s"
+        except DecodeError as error:
+            why = f"the request is not readable: {error}"
+        return await self._abort(context, code, why)
+
     async def _create_certificate(
-        self, request: ca_pb2.IstioCertificateRequest, context: Context
+        self, requests: AsyncIterator[ca_pb2.IstioCertificateRequest], context: Context
     ) -> ca_pb2.IstioCertificateResponse:
         caller = await self._authenticate(context, node_only=False)
+        who = caller.pod_uid or caller.account
+        if self._asking[who] >= CERTIFICATES_OF_CALLER_MAX:
+            self.counters["certificate_refused_too_many"] += 1
+            message = f"{caller.account} asks for more than {CERTIFICATES_OF_CALLER_MAX} certificates at once"
+            await self._abort(context, grpc.StatusCode.RESOURCE_EXHAUSTED, message)
+        self._asking[who] += 1
+        try:
+            return await self._certificate(caller, await self._one(requests, context), context)
+        finally:
+            self._asking[who] -= 1
+            if not self._asking[who]:
+                del self._asking[who]
+
+    async def _certificate(
+        self, caller: Caller, request: ca_pb2.IstioCertificateRequest, context: Context
+    ) -> ca_pb2.IstioCertificateResponse:
         fields = request.metadata.fields
         wanted = fields["ImpersonatedIdentity"].string_value if "ImpersonatedIdentity" in fields else ""
         decision = authorize(caller, wanted, self._pods_on_node, self._rules)
@@ -259,9 +296,10 @@ class ControlServer:
         return ca_pb2.IstioCertificateResponse(cert_chain=issued.chain)
 
     async def _await_acknowledged(
-        self, request: mesh_pb2.AwaitAcknowledgedRequest, context: Context
+        self, requests: AsyncIterator[mesh_pb2.AwaitAcknowledgedRequest], context: Context
     ) -> mesh_pb2.AwaitAcknowledgedResponse:
         await self._authenticate(context, node_only=True)
+        request = await self._one(requests, context)
         if self._waiters >= ACKNOWLEDGE_WAITERS_MAX:
             await self._abort(context, grpc.StatusCode.RESOURCE_EXHAUSTED, "too many calls wait for acknowledgements")
         limit_s = min(request.timeout_ms / 1000, self._settings.acknowledge_timeout_s)

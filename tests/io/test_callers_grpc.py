@@ -12,9 +12,9 @@ from cryptography import x509
 
 from ambient.control.certificates import Caller, PodFacts
 from ambient.errors import ConfigFault, PeerFault, PlatformFault
-from ambient.io import authentication, ca
+from ambient.io import authentication, ca, xds_server
 from ambient.io.authentication import Authenticator, Unauthenticated
-from ambient.io.ca_client import create_certificate, make_csr, make_key, trust_bundle
+from ambient.io.ca_client import CREATE_CERTIFICATE, create_certificate, make_csr, make_key, trust_bundle
 from ambient.io.control_channel import bearer, open_channel
 from ambient.io.mesh_client import await_acknowledged
 from ambient.io.quiet_grpc import grpc
@@ -24,6 +24,8 @@ from ambient.settings import NodeSettings
 from tests.io.follower import Follower, workload
 from tests.support.control import Background, ControlPlane, Now, until
 
+AWAIT_ACKNOWLEDGED = "/ambient.v1.Mesh/AwaitAcknowledged"
+NODE = "spiffe://cluster.local/ns/ambient-system/sa/ambient-node"
 WEB = "spiffe://cluster.local/ns/shop/sa/web"
 
 
@@ -51,6 +53,55 @@ async def test_a_call_without_a_token_is_refused_with_the_reason(plane: ControlP
             assert caught.value.code() is grpc.StatusCode.UNAUTHENTICATED
             assert "authorization" in (caught.value.details() or "")
     assert plane.reviewed == []
+
+
+@pytest.mark.parametrize("method", [CREATE_CERTIFICATE, AWAIT_ACKNOWLEDGED])
+async def test_who_is_no_caller_is_refused_before_anything_of_its_request_is_taken_in(
+    plane: ControlPlane, method: str
+) -> None:
+    async with open_channel(plane.node()) as channel:
+        call = channel.stream_stream(method)(metadata=(), timeout=10)  # and sends no request at all
+        with pytest.raises(grpc.aio.AioRpcError) as caught:
+            await call.read()
+        assert caught.value.code() is grpc.StatusCode.UNAUTHENTICATED
+
+
+@pytest.mark.parametrize(
+    ("sent", "code"),
+    [
+        (None, grpc.StatusCode.DEADLINE_EXCEEDED),
+        (b"\xff", grpc.StatusCode.INVALID_ARGUMENT),
+        (b"x" * (xds_server.RECEIVE_BYTES_MAX + 1), grpc.StatusCode.RESOURCE_EXHAUSTED),
+    ],
+)
+async def test_a_request_that_does_not_come_or_is_not_readable_ends_its_call(
+    plane: ControlPlane, monkeypatch: pytest.MonkeyPatch, sent: bytes | None, code: grpc.StatusCode
+) -> None:
+    monkeypatch.setattr(xds_server, "REQUEST_TIMEOUT_S", 0.2 if sent is None else 5.0)
+    settings = plane.node()
+    async with open_channel(settings) as channel:
+        call = channel.stream_stream(CREATE_CERTIFICATE)(metadata=bearer(settings), timeout=20)
+        with pytest.raises(grpc.aio.AioRpcError) as caught:
+            if sent is not None:
+                await call.write(sent)
+            await call.read()
+        assert caught.value.code() is code
+    await create_certificate(settings, NODE, make_csr(make_key(), NODE), 60)
+
+
+async def test_one_caller_asks_for_few_certificates_at_once(plane: ControlPlane) -> None:
+    settings = plane.node()
+    async with open_channel(settings) as channel:
+        begin = channel.stream_stream(CREATE_CERTIFICATE)
+        held = [begin(metadata=bearer(settings)) for _ in range(xds_server.CERTIFICATES_OF_CALLER_MAX)]
+        await until(lambda: sum(plane.server._asking.values()) == len(held))
+        with pytest.raises(grpc.aio.AioRpcError) as caught:
+            await begin(metadata=bearer(settings)).read()
+        assert caught.value.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
+        for call in held:
+            call.cancel()
+        await until(lambda: not plane.server._asking)
+    await create_certificate(settings, NODE, make_csr(make_key(), NODE), 60)
 
 
 async def test_a_wrong_token_is_refused_for_every_service(plane: ControlPlane, tmp_path: Path) -> None:
