@@ -277,6 +277,22 @@ def test_source_addresses_of_one_verdict_are_bounded_and_those_relied_on_stay():
     assert len(decisions.forgotten_verdicts) == 2 * SOURCES_MAX
 
 
+def test_verdicts_of_many_ports_for_many_source_addresses_are_bounded_together():
+    """Anybody may try every port from every address of an IPv6 network."""
+    decisions, holder = Decisions(kept_max=100), Holder()
+    decisions.put_verdict(verdict(True, source_ip="10.1.1.1"))
+    decisions.hold(VERDICT_KEY, "10.1.1.1", holder)
+    tried = [(1000 + number % 60, f"fd00::{number // 60:x}") for number in range(60 * 50)]
+    for port, source_ip in tried:
+        decisions.put_verdict(verdict(False, port=port, source_ip=source_ip))
+        assert decisions.verdict((*VERDICT_KEY[:2], port, VERDICT_KEY[3]), source_ip) is not None
+    kept = sum(decisions.verdict((*VERDICT_KEY[:2], port, VERDICT_KEY[3]), ip) is not None for port, ip in tried)
+    assert kept < 100 and len(decisions.forgotten_verdicts) == len(tried) - kept
+    assert decisions.verdict(VERDICT_KEY, "10.1.1.1") is not None
+    decisions.put_verdict(verdict(False, 2, source_ip="10.1.1.1"))
+    assert len(holder.lost) == 1
+
+
 def test_an_answer_that_was_under_way_when_its_key_was_evicted_is_not_taken_up():
     """The other side forgets the key with the eviction and would never change such an answer."""
     decisions = Decisions()

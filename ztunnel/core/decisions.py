@@ -14,6 +14,7 @@ from typing import Final, Generic, Protocol, TypeVar
 from ztunnel.core.messages import AskRoute, AskVerdict, Route, Verdict
 
 KEPT_MAX: Final = 16384
+"""Routes, and verdicts: those of each source address count. Of eight workers that is what the control process keeps."""
 NOT_SYNCED: Final = "not_synced"
 """The reason of an answer that knows nothing: it serves who waits, is not kept, and replaces nothing. A control
 process that was restarted while the control plane is away must not undo what its predecessor decided."""
@@ -104,6 +105,8 @@ class Decisions:
         self._kept_max = kept_max
         self._routes: dict[tuple[str, str, int], Route] = {}
         self._verdicts: dict[VerdictKey, dict[str, Decision]] = {}
+        self._count = 0
+        """Of verdicts, over all keys and source addresses."""
         self.forgotten_routes: list[tuple[str, str, int]] = []
         self.forgotten_verdicts: list[tuple[str, str, int, str, str]] = []
 
@@ -167,12 +170,7 @@ class Decisions:
         key = (verdict.destination, verdict.destination_ip, verdict.port, verdict.identity)
         if verdict.reason == NOT_SYNCED:
             return self.verdict(key, verdict.source_ip or asked_ip) or Decision(verdict, asked_ip), []
-        entry = self._verdicts.get(key)
-        if entry is None:
-            if len(self._verdicts) >= self._kept_max:
-                self._evict_verdict()
-            entry = self._verdicts[key] = {}
-        known = entry.get(verdict.source_ip)
+        known = self._verdicts.get(key, {}).get(verdict.source_ip)
         if known is not None:
             if known.generation > verdict.generation:
                 return known, []
@@ -180,21 +178,27 @@ class Decisions:
             known.generation = verdict.generation
             self._revoke(known)
             return known, []
+        if self._count >= self._kept_max:
+            self._evict_verdicts()
+        entry = self._verdicts.setdefault(key, {})
         decision = Decision(verdict, verdict.source_ip or asked_ip)
         orphans: list[tuple[Holder, str]] = []
         if not verdict.source_ip:  # it does not depend on the address any more
             for old in entry.values():
                 decision.holders.update(old.holders)
+            self._count -= len(entry)
             entry.clear()
         elif (general := entry.pop("", None)) is not None:
+            self._count -= 1
             for holder, source_ip in general.holders.items():
                 if source_ip == verdict.source_ip:
                     decision.holders[holder] = source_ip
                 else:
                     orphans.append((holder, source_ip))
         if len(entry) >= SOURCES_MAX:
-            self._evict_source(key, entry)
+            self._evict_sources(key, entry, _SEARCHED, SOURCES_MAX - 1)
         entry[verdict.source_ip] = decision
+        self._count += 1
         self._revoke(decision)
         return decision, orphans
 
@@ -219,28 +223,32 @@ class Decisions:
         if decision is not None:
             decision.holders.pop(holder, None)
 
-    def _evict_verdict(self) -> None:
+    def _evict_verdicts(self) -> None:
         """Drop the oldest verdicts nobody relies on until there is room, among the first few. Those that are relied on
         go to the end, for the next search: connections that stay open must not make the rest immortal."""
+        left = _SEARCHED
         for key in list(itertools.islice(self._verdicts, _SEARCHED)):
             entry = self._verdicts.pop(key)
-            if any(decision.holders for decision in entry.values()):
+            left -= self._evict_sources(key, entry, left, 0)
+            if entry:
                 self._verdicts[key] = entry
-                continue
-            self.forgotten_verdicts.extend((*key, source_ip) for source_ip in entry)
-            if len(self._verdicts) < self._kept_max:
+            if self._count < self._kept_max or left <= 0:
                 return
 
-    def _evict_source(self, key: VerdictKey, entry: dict[str, Decision]) -> None:
-        """The same among the source addresses of one verdict."""
-        for source_ip in list(itertools.islice(entry, _SEARCHED)):
+    def _evict_sources(self, key: VerdictKey, entry: dict[str, Decision], search: int, leave: int) -> int:
+        """The same among the source addresses of one verdict, of which so many may stay. How many were looked at."""
+        looked = 0
+        for source_ip in list(itertools.islice(entry, search)):
+            if len(entry) <= leave:
+                break
+            looked += 1
             decision = entry.pop(source_ip)
             if decision.holders:
                 entry[source_ip] = decision
                 continue
+            self._count -= 1
             self.forgotten_verdicts.append((*key, source_ip))
-            if len(entry) < SOURCES_MAX:
-                return
+        return looked
 
     # --- both ----------------------------------------------------------------------------------------------
 
@@ -274,7 +282,9 @@ class Decisions:
             del self._routes[route_key]
             self.forgotten_routes.append(route_key)
         for key in [key for key in self._verdicts if key[0] == uid]:
-            self.forgotten_verdicts.extend((*key, source_ip) for source_ip in self._verdicts.pop(key))
+            entry = self._verdicts.pop(key)
+            self._count -= len(entry)
+            self.forgotten_verdicts.extend((*key, source_ip) for source_ip in entry)
 
 
 def _renumbered(route: Route) -> Route:
