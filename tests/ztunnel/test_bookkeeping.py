@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from msgspec.structs import replace
 
 from ztunnel.core import capture
-from ztunnel.core.decisions import SOURCES_MAX, Decisions, Waiting
+from ztunnel.core.decisions import SOURCES_MAX, WAITING_MAX, WAITING_OF_POD, Decisions, Waiting
 from ztunnel.core.drain import Drain, Phase
 from ztunnel.core.floods import Shares
 from ztunnel.core.messages import AskRoute, AskVerdict, Hop, Route, Verdict
@@ -212,6 +212,18 @@ def test_a_question_is_asked_once_and_everybody_gets_the_answer_or_none_in_time(
     assert len(got) == 2
     waiting.expire(10)
     assert got[2:] == [None]
+
+
+def test_a_pod_whose_questions_stay_open_leaves_room_for_those_of_others():
+    waiting: Waiting[str] = Waiting()
+    got: dict[str, list[str | None]] = {"greedy": [], "other": []}
+    for port in range(WAITING_MAX + 100):
+        waiting.join(("greedy", "10.0.0.1", port), 10, got["greedy"].append)
+    assert len(waiting) == WAITING_OF_POD and got["greedy"] == [None] * (WAITING_MAX + 100 - WAITING_OF_POD)
+    assert waiting.join(("other", "10.0.0.1", 1), 10, got["other"].append) and not got["other"]
+    waiting.expire(10)
+    assert len(waiting) == 0 and got["other"] == [None]
+    assert waiting.join(("greedy", "10.0.0.1", 1), 20, got["greedy"].append)
 
 
 def test_a_captured_connection_needs_a_record_and_a_port_that_is_not_the_mesh_s():

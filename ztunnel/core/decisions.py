@@ -11,6 +11,7 @@ import itertools
 from collections.abc import Callable, Container
 from typing import Final, Generic, Protocol, TypeVar
 
+from ztunnel.core.floods import Shares
 from ztunnel.core.messages import AskRoute, AskVerdict, Route, Verdict
 
 KEPT_MAX: Final = 16384
@@ -19,6 +20,9 @@ NOT_SYNCED: Final = "not_synced"
 """The reason of an answer that knows nothing: it serves who waits, is not kept, and replaces nothing. A control
 process that was restarted while the control plane is away must not undo what its predecessor decided."""
 WAITING_MAX: Final = 8192
+WAITING_OF_POD: Final = 2048
+"""Connections that wait for answers about one pod: while the control process is away, or where a pod gets no
+certificate, they wait for seconds, and one pod's must not have those of others refused."""
 SOURCES_MAX: Final = 1024
 """Source addresses of which one verdict is kept; an IPv6 client has more addresses than any memory."""
 
@@ -38,15 +42,17 @@ class Holder(Protocol):
 
 
 class Waiting(Generic[A]):
-    """Questions that are open, with their deadline and everybody who asked."""
+    """Questions that are open, with their deadline and everybody who asked. The first part of a key is whose they are:
+    a pod, or its identity."""
 
     def __init__(self) -> None:
         self._open: dict[tuple[object, ...], tuple[float, list[Callable[[A | None], None]]]] = {}
+        self._shares = Shares(WAITING_MAX, WAITING_OF_POD)
         self._count = 0
 
     def join(self, key: tuple[object, ...], deadline: float, callback: Callable[[A | None], None]) -> bool:
-        """Whether the question is new and has to be asked. Beyond the limit the callback gets None at once."""
-        if self._count >= WAITING_MAX:
+        """Whether the question is new and has to be asked. Beyond a limit the callback gets None at once."""
+        if not self._shares.enter(str(key[0])):
             callback(None)
             return False
         self._count += 1
@@ -62,6 +68,8 @@ class Waiting(Generic[A]):
         known = self._open.pop(key, None)
         if known is not None:
             self._count -= len(known[1])
+            for _ in known[1]:
+                self._shares.leave(str(key[0]))
             for callback in known[1]:
                 callback(answer)
 
