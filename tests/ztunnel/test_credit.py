@@ -37,8 +37,9 @@ class Reader(Carrier):
 class Pair:
     """A client and a server joined, with ``count`` streams; each end's carriers are in the same order."""
 
-    def __init__(self, count: int) -> None:
+    def __init__(self, count: int, round_trip_s: float = 0.0) -> None:
         self.client, self.server = Peer(Role.CLIENT), Peer(Role.SERVER)
+        self.later(round_trip_s)
         self.exchange()
         self.writers = [Carrier(self.client) for _ in range(count)]
         for writer in self.writers:
@@ -105,6 +106,17 @@ def test_a_quick_reader_s_window_grows_to_the_limit_and_a_slow_one_s_shrinks():
         pair.later(0.5)
         pair.send(0, 128 * 1024)
     assert pair.window(0) <= 512 * 1024, "half of it lasts a second"
+
+
+@pytest.mark.parametrize(
+    ("round_trip_s", "window"), [(0.3, SERVER_LIMITS.stream_window_max), (0.001, SERVER_LIMITS.stream_window)]
+)
+def test_a_window_grows_over_a_long_way_where_half_of_it_takes_half_a_round_trip(round_trip_s: float, window: int):
+    pair = Pair(1, round_trip_s)
+    for _ in range(10):
+        pair.later(0.15)
+        pair.send(0, pair.window(0) // 2)
+    assert pair.window(0) == window
 
 
 def test_what_ended_streams_had_is_there_for_later_ones():

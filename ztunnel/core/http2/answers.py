@@ -214,7 +214,9 @@ class Answers(Sending):
 
     def _settings(self, flags: int, payload: bytes, now: float) -> None:
         if flags & frames.ACK:
-            self._settings_acknowledged = True
+            if not self._settings_acknowledged:
+                self._settings_acknowledged = True
+                self._round_trip_s = now - self._started_at
             if not self._calm_other.take(now):
                 raise Fault(Code.ENHANCE_YOUR_CALM, "too many acknowledged SETTINGS")
             return

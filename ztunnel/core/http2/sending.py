@@ -31,6 +31,7 @@ class Sending(Lives):
         "_ping_at",
         "_receive_window",
         "_return_connection_at",
+        "_round_trip_s",
         "_settings_acknowledged",
         "_started_at",
         "_unreturned",
@@ -53,6 +54,8 @@ class Sending(Lives):
         self._return_connection_at = limits.returned_late
         self._goaway_sent: int | None = None
         self._settings_acknowledged = False
+        self._round_trip_s = 0.0
+        """How long SETTINGS took to be acknowledged."""
         self._started_at = now
         self._heard_at = now
         self._ping_at: float | None = None
@@ -169,11 +172,12 @@ class Sending(Lives):
 
     def _return(self, stream: Stream) -> None:
         """Credit for what was consumed. A window of which half is gone in `_GROW_S` doubles while there is some to
-        spare, and one that lasts for `_SHRINK_S` halves."""
+        spare, and one that lasts for `_SHRINK_S` halves. Over a long way half a window takes half a round trip however
+        quickly it is read: there it has two round trips for it."""
         lasted = self._heard_at - stream.returned_at
         stream.returned_at = self._heard_at
         change = 0
-        if lasted < _GROW_S:
+        if lasted < max(_GROW_S, 2 * self._round_trip_s):
             change = min(stream.window, self.limits.stream_window_max - stream.window, self._spare)
         elif lasted > _SHRINK_S:
             change = -min(stream.window >> 1, stream.window - self.limits.stream_window)
