@@ -137,7 +137,7 @@ def _load_balancing(service: objects.Service, where: str) -> tuple[LoadBalancing
 
 @dataclass(frozen=True, slots=True)
 class Member:
-    """One endpoint of a slice. ``pod`` is namespace/name, empty for an address without a pod.
+    """One endpoint of a slice. ``pod`` is namespace/name, empty for an address without a pod of the slice's namespace.
 
     ``ports`` are (name, number) of the slice's TCP ports; number 0 stands for every port.
     """
@@ -175,11 +175,12 @@ def members_of(piece: objects.EndpointSlice) -> tuple[Member, ...]:
                     f"{where}: endpoints[{index}].addresses", text[:80], "must be an IP address"
                 ) from None
         target = endpoint.target_ref
-        is_pod = target is not None and target.kind == "Pod"
+        # a service has pods of its own namespace: whoever may write slices does not write on the pods of others
+        is_pod = target is not None and target.kind == "Pod" and target.namespace in ("", piece.namespace)
         members.append(
             Member(
                 service=f"{piece.namespace}/{name}",
-                pod=f"{target.namespace or piece.namespace}/{target.name}" if target and is_pod else "",
+                pod=f"{piece.namespace}/{target.name}" if target and is_pod else "",
                 pod_uid=target.uid if target and is_pod else "",
                 addresses=tuple(addresses),
                 ready=endpoint.conditions.ready is not False,

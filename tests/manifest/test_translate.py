@@ -146,6 +146,17 @@ def test_a_target_uid_of_another_pod_serves_nobody(cluster: Cluster) -> None:
     assert endpoints(cluster.put(pod("db-0", "10.1.0.1", uid="old"))) == [("db-0", 8080)]
 
 
+def test_a_slice_gives_a_service_no_pods_of_another_namespace(cluster: Cluster) -> None:
+    cluster.put(service("web"), pod("a", "10.1.0.1", "bank"))
+    before = cluster.workload("a", "bank")
+    target = {"kind": "Pod", "namespace": "bank", "name": "a"}
+    world = cluster.put(piece("web-1", "web", endpoints=[{"addresses": ["10.1.0.1"], "targetRef": target}]))
+    assert world.workloads[before.uid] is before and before.services == ()
+    [endpoint] = world.endpoints(world.services[WEB], 80)
+    assert (endpoint.workload.namespace, endpoint.workload.enrolled) == ("shop", False)
+    assert world.workload_at(parse_ip("10.1.0.1")) is before
+
+
 def test_addresses_without_a_pod_are_endpoints_that_own_no_address(cluster: Cluster) -> None:
     world = cluster.put(service("web"), piece("web-1", "web", ("", "192.0.2.1")))
     assert endpoints(world) == [("192.0.2.1", 8080)]
