@@ -323,6 +323,9 @@ def string_match(text: str) -> StringMatch:
 
 def ip_block(text: str) -> IPNetwork:
     """CIDR or single address, host bits cleared, IPv4-mapped folded. Raises ValueError."""
+    _, slash, length = text.partition("/")
+    if slash and not (length.isascii() and length.isdigit()):
+        raise ValueError("must have a prefix length in decimal, not a mask")
     network = ipaddress.ip_network(text, strict=False)
     if isinstance(network, ipaddress.IPv6Network) and network.network_address.ipv4_mapped and network.prefixlen >= 96:
         return ipaddress.IPv4Network((int(fold(network.network_address)), network.prefixlen - 96))

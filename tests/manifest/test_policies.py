@@ -338,6 +338,14 @@ def test_blocks_are_networks_with_mapped_ones_folded(text: str, expected: str) -
     assert str(ip_block(text)) == expected
 
 
+@pytest.mark.parametrize(
+    "text", ["10.0.0.0/255.0.0.0", "10.0.0.0/0.0.0.255", "10.0.0.0/", "10.0.0.0/33", "10.0.0.0/8/8"]
+)
+def test_blocks_have_a_prefix_length_and_no_mask(text: str) -> None:
+    with pytest.raises(ValueError):
+        ip_block(text)
+
+
 # -- properties
 
 json_values = st.recursive(
