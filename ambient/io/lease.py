@@ -50,6 +50,7 @@ class Election:
         self._clock = clock or (lambda: asyncio.get_running_loop().time())
         self._seen: tuple[str, str] = ("", "")
         self._seen_at = 0.0
+        self._renewed = 0.0
 
     async def acquire(self) -> None:
         while True:
@@ -60,14 +61,12 @@ class Election:
         log.info("leading as %s (lease %s/%s)", self.identity, self.namespace, self.name)
 
     async def hold(self) -> None:
-        renewed = self._clock()
-        while self._clock() - renewed < self._renew_deadline_s:
-            await asyncio.sleep(self._retry_s)
+        # the deadline counts from before the request that renewed: others count from when they see what it wrote
+        while (left_s := self._renewed + self._renew_deadline_s - self._clock()) > 0:
             try:
-                async with asyncio.timeout(self._renew_deadline_s):
-                    if await self._try():
-                        renewed = self._clock()
-                    elif self.holder not in ("", self.identity):
+                async with asyncio.timeout(left_s):
+                    await asyncio.sleep(self._retry_s)
+                    if not await self._try() and self.holder not in ("", self.identity):
                         break
             except TimeoutError:
                 pass
@@ -88,6 +87,13 @@ class Election:
 
     async def _try(self) -> bool:
         """Take or renew the lease if it is ours to take."""
+        started = self._clock()
+        if not await self._take():
+            return False
+        self._renewed = started
+        return True
+
+    async def _take(self) -> bool:
         try:
             try:
                 lease = await self.client.get(LEASE, self.name, self.namespace)
