@@ -7,6 +7,7 @@ import datetime
 import socket
 import ssl
 import threading
+import time
 from collections.abc import Iterator
 
 import pytest
@@ -20,7 +21,11 @@ from tests.support.require import require
 from tests.ztunnel.authority import Authority
 from tests.ztunnel.harness import Mesh, mesh, spiffe, wait_until
 from tests.ztunnel.hbone_client import HboneClient, client_context, load
+from ztunnel.core import frames
+from ztunnel.core import messages as m
 from ztunnel.core.certificate import CertificateFault, peer_identity, uri_names
+from ztunnel.core.frames import Code
+from ztunnel.core.headers import encode
 from ztunnel.io.server_tunnel import HANDSHAKES_OF_PEER
 
 DAY = datetime.timedelta(days=1)
@@ -164,6 +169,72 @@ def test_a_renewed_certificate_and_a_new_root_serve_new_tunnels_and_leave_open_o
         wait_until(offered, "the new certificate, trusting the new root, is used")
         near.sendall(b"2")
         assert far.recv(1) == b"2"
+
+
+SHORT = datetime.timedelta(minutes=5, seconds=3)
+"""Of a certificate that began five minutes ago."""
+
+
+@pytest.mark.net
+def test_a_client_whose_certificate_expires_gets_no_new_streams_and_keeps_those_it_has():
+    require("net")
+    with mesh() as path:
+        listener = path.b.listen(path.ip, path.port)
+        certificate = path.authority.certificate(spiffe("a"), life=SHORT)
+        client = HboneClient(path.a.connect(path.ip, 15008), client_context(certificate, path.authority.root_pem))
+        assert client.status(client.connect(f"{path.ip}:{path.port}")) == 200
+        far, _ = listener.accept()
+        while client.goaway is None:
+            assert client.read()
+        seen = b""  # h2 says nothing more after a GOAWAY
+        while frames.goaway(1, 0) not in seen:
+            seen += client.tls.recv(1 << 16)
+        assert time.time() >= certificate.not_after
+        block = encode([(b":method", b"CONNECT"), (b":authority", f"{path.ip}:{path.port}".encode())])
+        client.tls.sendall(frames.frame(frames.HEADERS, frames.END_HEADERS, 3, block))
+        client.tls.sendall(frames.frame(frames.DATA, frames.END_STREAM, 1, b"on"))
+        assert far.recv(2) == b"on" and far.recv(1) == b""
+        far.sendall(b"and back")
+        far.close()
+        while data := client.tls.recv(1 << 16):
+            seen += data
+        assert frames.rst_stream(3, Code.REFUSED_STREAM) in seen and b"and back" in seen
+
+
+@pytest.mark.net
+def test_a_server_whose_certificate_expires_gets_no_new_streams():
+    require("net")
+    with mesh() as path:
+        listener = path.b.listen(path.ip, path.port)
+        short = path.authority.certificate(spiffe("b"), life=SHORT, generation=2)
+        path.server.control.send(short)
+
+        def offered() -> bool:
+            context = client_context(path.authority.certificate(spiffe("z")), path.authority.root_pem)
+            client = HboneClient(path.a.connect(path.ip, 15008), context)
+            der = client.tls.getpeercert(True)
+            client.close()
+            return der == x509.load_pem_x509_certificate(short.chain_pem).public_bytes(serialization.Encoding.DER)
+
+        wait_until(offered, "the short certificate is used")
+        near = path.connect()
+        near.sendall(b"1")
+        far, _ = listener.accept()
+        assert far.recv(1) == b"1"
+        path.server.control.send(path.authority.certificate(spiffe("b"), generation=3))
+
+        def tunnels() -> int:
+            with path.connect() as another:
+                another.sendall(b"2")
+                listener.accept()[0].close()
+                path.client.control.connections = None
+                path.client.control.send(m.AskConnections(number=1))
+                return len(wait_until(lambda: path.client.control.connections, "what is open").tunnels)
+
+        wait_until(lambda: tunnels() == 2, "another tunnel")
+        assert time.time() >= short.not_after
+        near.sendall(b"3")
+        assert far.recv(1) == b"3"
 
 
 @given(

@@ -79,6 +79,9 @@ class ClientTunnel(Tunnel):
     def going_away(self) -> None:
         self._retire()
 
+    def outlived(self) -> None:
+        self._retire()
+
     def _retire(self) -> None:
         self.worker.pool.retire(self.slot)
         connection = self.connection
@@ -87,7 +90,7 @@ class ClientTunnel(Tunnel):
 
     def _shut_idle(self) -> None:
         if self.connection is not None and not self.connection.streams:
-            self.shut("the peer is going away")
+            self.shut("the peer is going away, or its certificate has expired")
 
     def released(self) -> None:
         """One stream less."""

@@ -110,6 +110,13 @@ class ServerTunnel(Tunnel):
     def going_away(self) -> None:
         """Says nothing of the streams that this end takes."""
 
+    def outlived(self) -> None:
+        connection = self.connection
+        if connection is None or connection.streams or not connection.draining:
+            self.drain()
+        else:
+            self.shut("the peer's certificate has expired")
+
     def opened(self) -> None:
         self._place.shaken()
 

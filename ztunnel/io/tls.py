@@ -2,7 +2,7 @@
 
 TLS 1.3 only, AES-GCM only, ALPN h2 only, certificates on both sides, no resumption. The chain is verified by
 OpenSSL; the identity is read from the leaf by `ztunnel.core.certificate`. A renewed certificate makes new
-contexts; tunnels that are open keep theirs.
+contexts; tunnels that are open keep theirs, and take no new streams once their peer's has expired.
 """
 
 from __future__ import annotations
@@ -71,6 +71,15 @@ def _check_session(tls: ssl.SSLObject) -> Identity:
         return peer_identity(der)
     except CertificateFault as fault:
         raise TlsRefused(str(fault)) from None
+
+
+def peer_expiry(tls: ssl.SSLObject) -> float:
+    """When the peer's verified certificate expires, in seconds since the epoch. Raises TlsRefused."""
+    try:
+        found = tls.getpeercert()
+        return float(ssl.cert_time_to_seconds(str(found["notAfter"]))) if found else 0.0
+    except (KeyError, ValueError) as error:
+        raise TlsRefused(f"the peer's certificate does not say when it expires: {error}") from None
 
 
 def check_client(tls: ssl.SSLObject, own: Identity) -> Identity:

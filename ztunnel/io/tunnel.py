@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import errno
 import ssl
+import time
 from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Callable
@@ -21,7 +22,7 @@ from ztunnel.core.http2 import CLIENT_LIMITS, SERVER_LIMITS, Connection, Role
 from ztunnel.core.output import Output
 from ztunnel.core.streams import Stream
 from ztunnel.io.sockets import Socket, address_text
-from ztunnel.io.tls import TlsRefused
+from ztunnel.io.tls import TlsRefused, peer_expiry
 
 if TYPE_CHECKING:
     from ztunnel.io.pods import PodState
@@ -51,6 +52,7 @@ class Tunnel(ABC):
         "backlog_bytes",
         "closed",
         "connection",
+        "expires_at",
         "fd",
         "local",
         "local_text",
@@ -72,6 +74,8 @@ class Tunnel(ABC):
         self.fd = sock.fileno()
         self.connection: Connection | None = None
         self.peer: Identity | None = None
+        self.expires_at = 0.0
+        """When the peer's certificate does, in seconds since the epoch."""
         self.local: tuple[str, int] = ("", 0)
         self.local_text = self.peer_text = ""
         """As the access log has them, of an open tunnel."""
@@ -110,6 +114,10 @@ class Tunnel(ABC):
     def going_away(self) -> None:
         """The peer takes no new streams."""
 
+    @abstractmethod
+    def outlived(self) -> None:
+        """Told each second: the peer's certificate has expired, so it has no right to a new stream."""
+
     # --- handshake -----------------------------------------------------------------------------------------
 
     def handshake(self, context: ssl.SSLContext) -> None:
@@ -134,7 +142,7 @@ class Tunnel(ABC):
             self.close(f"TLS handshake: {_reason(error)}", "TLS_FAILURE")
             return
         try:
-            self.peer = self.check_peer(self._tls)
+            self.peer, self.expires_at = self.check_peer(self._tls), peer_expiry(self._tls)
         except TlsRefused as refused:
             self.worker.count("tls_refused")
             self.close(f"TLS: {refused}", "TLS_FAILURE")
@@ -294,7 +302,10 @@ class Tunnel(ABC):
         connection.tick(now)
         if connection.closed:
             self._end_of_connection()
-        elif connection.output.end:
+            return
+        if time.time() >= self.expires_at:
+            self.outlived()
+        if connection.output.end:
             self.schedule()
 
     def drain(self) -> None:
