@@ -7,12 +7,21 @@ names the file, the field and the rule; an unknown field is an error, because a 
 from __future__ import annotations
 
 import ipaddress
+import re
 from typing import TypeVar
 
 import msgspec
 import yaml
 
 from ambient.errors import ConfigFault
+from ambient.model.identity import Identity
+
+LIFETIME_MIN_S = 5
+LIFETIME_MAX_S = 3650 * 86400
+ACKNOWLEDGE_MAX_S = 60
+
+_LABEL = re.compile(r"[a-z0-9]([-a-z0-9]{0,61}[a-z0-9])?")
+_NAME = re.compile(r"[a-z0-9]([-a-z0-9.]{0,251}[a-z0-9])?")
 
 
 class NodeSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -71,13 +80,14 @@ class NodeSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_o
     """Lifetime asked for workload certificates."""
 
     def __post_init__(self) -> None:
+        _common(self)
+        if not LIFETIME_MIN_S <= self.secret_ttl_s <= LIFETIME_MAX_S:
+            raise ValueError(f"secret_ttl_s: {self.secret_ttl_s}: {LIFETIME_MIN_S} to {LIFETIME_MAX_S}")
         for text in self.cluster_ranges:
             try:
                 ipaddress.ip_network(text)
             except ValueError as error:
                 raise ValueError(f"cluster_ranges: {error}") from None
-        if self.log_format not in ("text", "json"):
-            raise ValueError(f"log_format: {self.log_format!r}: text or json")
         if self.heartbeat_timeout_s != 0 and not 3 <= self.heartbeat_timeout_s <= 86400:
             raise ValueError(f"heartbeat_timeout_s: {self.heartbeat_timeout_s}: 0, or 3 to 86400")
         if not 0 <= self.ztunnel_workers <= 8:
@@ -115,6 +125,39 @@ class ControlSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, k
     log_format: str = "text"
     log_level: str = "info"
 
+    def __post_init__(self) -> None:
+        _common(self)
+        for name in ("root_namespace", "system_namespace"):
+            if not _LABEL.fullmatch(getattr(self, name)):
+                raise ValueError(f"{name}: {getattr(self, name)[:80]!r}: the name of a namespace")
+        for account in self.node_accounts:
+            if [bool(_NAME.fullmatch(part)) for part in account.split("/")] != [True, True]:
+                raise ValueError(f"node_accounts: {account[:80]!r}: namespace/serviceaccount")
+        for name in ("listen", "server_names"):
+            if not getattr(self, name):
+                raise ValueError(f"{name}: must not be empty")
+        for text in self.server_names:
+            if not text or not text.isascii():
+                raise ValueError(f"server_names: {text[:80]!r}: a DNS name in ASCII, or an IP address")
+        if not 0 <= self.acknowledge_timeout_s <= ACKNOWLEDGE_MAX_S:  # also what is not a number
+            raise ValueError(f"acknowledge_timeout_s: {self.acknowledge_timeout_s}: 0 to {ACKNOWLEDGE_MAX_S}")
+        if not LIFETIME_MIN_S <= self.secret_ttl_max_s <= LIFETIME_MAX_S:
+            raise ValueError(f"secret_ttl_max_s: {self.secret_ttl_max_s}: {LIFETIME_MIN_S} to {LIFETIME_MAX_S}")
+
+
+def _common(settings: NodeSettings | ControlSettings) -> None:
+    """What both must be right about. Raises ValueError naming the field."""
+    try:
+        Identity(settings.trust_domain, "n", "a")  # else no pod has an identity, and the mesh would be empty
+    except ValueError as error:
+        raise ValueError(f"trust_domain: {error}") from None
+    if not _NAME.fullmatch(settings.cluster_domain):
+        raise ValueError(f"cluster_domain: {settings.cluster_domain[:80]!r}: a DNS name in lower case")
+    if not settings.cluster_id:
+        raise ValueError("cluster_id: must not be empty")
+    if settings.log_format not in ("text", "json"):
+        raise ValueError(f"log_format: {settings.log_format!r}: text or json")
+
 
 _Settings = TypeVar("_Settings", NodeSettings, ControlSettings)
 
@@ -123,5 +166,5 @@ def read_settings(kind: type[_Settings], text: str, where: str) -> _Settings:
     """Parse YAML text. Raises ConfigFault naming ``where`` (the file), the field and the rule."""
     try:
         return msgspec.convert(yaml.safe_load(text) or {}, kind)
-    except (msgspec.ValidationError, yaml.YAMLError) as error:
+    except (ValueError, yaml.YAMLError, RecursionError, OverflowError) as error:  # ValidationError is a ValueError
         raise ConfigFault(where, "YAML", " ".join(str(error).split())) from None  # the text may be somebody's secret
