@@ -222,6 +222,23 @@ def test_the_port_of_the_forwarded_client_counts_only_with_the_tunnel_s_own_addr
     assert [e.source_address for e in events[:4]] == [f"{path.a.ip4}:4242"] + [f"{path.a.ip4}:{port}"] * 3
 
 
+def test_a_certificate_that_could_not_be_loaded_is_asked_for_again(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("WORKER_CONSTANTS", '{"ztunnel.io.link.REFUSED_S": 0.1}')
+    require("net")
+    with mesh() as it:
+        control, other = it.client.control, spiffe("other")
+        control.certificates[other] = m.Certificate(identity=other, generation=1, chain_pem=b"none", roots_pem=b"none")
+        it.set_route(identity=other)
+        listener = it.b.listen(it.ip, it.port)
+        near = it.connect()
+        near.sendall(b"x")
+        wait_until(lambda: control.counters.get("certificates_refused"), "the refusal")
+        del control.certificates[other]
+        listener.settimeout(5)
+        far, _ = listener.accept()
+        assert far.recv(1) == b"x"
+
+
 def test_captured_plaintext_is_judged_without_identity_and_delivered(path: Mesh):
     # Without eBPF: the listener stands where sk_lookup would send from, and gives way to the application's.
     steered = path.b.listen(path.ip, 7070)

@@ -23,6 +23,8 @@ _OUT_BYTES_MAX: Final = 16 * 1024 * 1024
 _READ_BYTES: Final = 256 * 1024
 ANSWER_S: Final = m.HOLD_S + 2.0
 """A little longer than the control process holds a question: its reason is better than ours."""
+REFUSED_S: Final = 5.0
+"""Before a certificate that could not be loaded is asked for again: descriptors or memory may be there by then."""
 
 
 class LinkOwner(Protocol):
@@ -65,6 +67,8 @@ class Link:
         self._certificates: Waiting[Credential] = Waiting()
         self._credentials: dict[str, Credential] = {}
         self._wanted: set[str] = set()
+        self._refused: dict[str, float] = {}
+        """Identities whose certificate could not be loaded, and when to ask again."""
 
     # --- questions -----------------------------------------------------------------------------------------
 
@@ -121,6 +125,10 @@ class Link:
         self._routes.expire(now)
         self._verdicts.expire(now)
         self._certificates.expire(now)
+        for identity in [identity for identity, due in self._refused.items() if due <= now]:
+            del self._refused[identity]
+            if identity in self._wanted:
+                self.send(m.AskCertificate(identity=identity))
         decisions = self.decisions
         if decisions.forgotten_routes or decisions.forgotten_verdicts:
             routes, verdicts = decisions.take_forgotten(self._routes, self._verdicts)
@@ -304,8 +312,10 @@ class Link:
         try:
             credential = Credential(message)
         except (AmbientError, ValueError) as error:
+            self._refused[message.identity] = self._owner.now() + REFUSED_S
             self._owner.count("certificates_refused")
             self._owner.log("error", str(error))
             return
+        self._refused.pop(message.identity, None)
         self._credentials[message.identity] = credential
         self._certificates.answer((message.identity,), credential)
