@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import time
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import Awaitable, Callable, Sequence
 
 from ambient.control.certificates import Caller
@@ -22,9 +22,14 @@ AmbientError if there is no answer."""
 ACCEPTED_S = 60.0
 REFUSED_S = 10.0
 ENTRIES_MAX = 4096
-REVIEWS_AT_ONCE_MAX = 16
+REVIEWS_AT_ONCE_MAX = 32
+REVIEWS_OF_PEER_MAX = 8
+"""Of one address: whoever can reach the port can send tokens, and must not make all others wait."""
 REVIEW_TIMEOUT_S = 10.0
 TOKEN_CHARS_MAX = 16 * 1024
+
+
+_Verdicts = OrderedDict[bytes, tuple[float, Caller | None]]
 
 
 class Unauthenticated(PeerFault):
@@ -38,16 +43,19 @@ class Authenticator:
         self.reviews = 0
         self._review = review
         self._clock = clock
-        self._known: OrderedDict[bytes, tuple[float, Caller | None]] = OrderedDict()
+        # apart, so that no number of bad tokens displaces a good one
+        self._accepted: _Verdicts = OrderedDict()
+        self._refused: _Verdicts = OrderedDict()
         self._asking: dict[bytes, asyncio.Task[Caller | None]] = {}
+        self._peers: Counter[str] = Counter()
         self._slots = asyncio.Semaphore(REVIEWS_AT_ONCE_MAX)
 
-    async def authenticate(self, metadata: Sequence[tuple[str, str | bytes]]) -> Caller:
-        """The caller of a call with this metadata. Raises Unauthenticated with the reason, PlatformFault if the
-        Kubernetes API gives no answer."""
+    async def authenticate(self, metadata: Sequence[tuple[str, str | bytes]], peer: str = "") -> Caller:
+        """The caller of a call with this metadata. ``peer`` is the address it comes from. Raises Unauthenticated with
+        the reason, PlatformFault if the Kubernetes API gives no answer or too many tokens wait for one."""
         token = _token(metadata)
         digest = hashlib.sha256(token.encode()).digest()
-        found = self._known.get(digest)
+        found = self._accepted.get(digest) or self._refused.get(digest)
         if found is not None and self._clock() < found[0]:
             caller = found[1]
         else:
@@ -55,9 +63,12 @@ class Authenticator:
             if task is None:
                 if len(self._asking) >= ENTRIES_MAX:
                     raise PlatformFault("too many tokens wait for their review")
+                if self._peers[peer] >= REVIEWS_OF_PEER_MAX:
+                    raise PlatformFault(f"more than {REVIEWS_OF_PEER_MAX} tokens of {peer} wait for their review")
                 task = asyncio.create_task(self._ask(token, digest))
                 self._asking[digest] = task
-                task.add_done_callback(lambda done: self._asked(digest, done))
+                self._peers[peer] += bool(peer)
+                task.add_done_callback(lambda done: self._asked(digest, peer, done))
             # one review serves every call that waits for it, so one caller going away must not cancel it
             caller = await asyncio.shield(task)
         if caller is None:
@@ -77,14 +88,19 @@ class Authenticator:
                 raise PlatformFault(
                     f"the Kubernetes API did not review the token within {REVIEW_TIMEOUT_S:.0f} s"
                 ) from None
-        self._known[digest] = (self._clock() + (ACCEPTED_S if caller else REFUSED_S), caller)
-        self._known.move_to_end(digest)
-        while len(self._known) > ENTRIES_MAX:
-            self._known.popitem(last=False)
+        self._accepted.pop(digest, None)
+        self._refused.pop(digest, None)
+        verdicts, life_s = (self._accepted, ACCEPTED_S) if caller else (self._refused, REFUSED_S)
+        verdicts[digest] = (self._clock() + life_s, caller)
+        while len(verdicts) > ENTRIES_MAX:
+            verdicts.popitem(last=False)
         return caller
 
-    def _asked(self, digest: bytes, done: asyncio.Task[Caller | None]) -> None:
+    def _asked(self, digest: bytes, peer: str, done: asyncio.Task[Caller | None]) -> None:
         self._asking.pop(digest, None)
+        self._peers[peer] -= 1
+        if self._peers[peer] <= 0:
+            del self._peers[peer]
         if not done.cancelled():
             done.exception()  # the waiting calls have it; without them nobody else would look
 

@@ -167,7 +167,8 @@ class ControlServer:
 
     async def _authenticate(self, context: Context, *, node_only: bool) -> Caller:
         try:
-            caller = await self._authenticator.authenticate(tuple(context.invocation_metadata() or ()))
+            peer = context.peer().rpartition(":")[0]  # without the port
+            caller = await self._authenticator.authenticate(tuple(context.invocation_metadata() or ()), peer)
         except Unauthenticated as error:
             self.counters["unauthenticated"] += 1
             _log.warning("call from %s refused: %s", context.peer(), error)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import ssl
 import time
+from collections.abc import Awaitable
 from pathlib import Path
 
 import pytest
@@ -290,8 +291,42 @@ async def test_verdicts_on_tokens_are_remembered_for_a_short_time_and_in_bounds(
     assert asked.count("bad") == 2
     for n in range(30):
         await call(f"good{n}")  # type: ignore[misc]
-    assert len(authenticator._known) == 10
+    assert len(authenticator._accepted) == 10 and len(authenticator._refused) == 1
     with pytest.raises(Unauthenticated, match="several"):
         await authenticator.authenticate((("authorization", "Bearer a"), ("authorization", "Bearer good")))
     with pytest.raises(Unauthenticated, match="too long"):
         await call("x" * 20_000)  # type: ignore[misc]
+
+
+async def test_tokens_of_one_address_neither_hold_up_nor_displace_those_of_others(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(authentication, "ENTRIES_MAX", 100)
+    good, answer, asked = Caller("a", "b"), asyncio.Event(), list[str]()
+
+    async def review(token: str) -> Caller | None:
+        asked.append(token)
+        if token.startswith("good"):
+            return good
+        await answer.wait()
+        return None
+
+    authenticator = Authenticator(review, Now(0.0))
+
+    def call(token: str, peer: str) -> Awaitable[Caller]:
+        return authenticator.authenticate((("authorization", f"Bearer {token}"),), peer)
+
+    assert await call("good", "ipv4:10.0.0.1") is good
+    storm = [asyncio.ensure_future(call(f"bad-{n}", "ipv4:10.0.0.9")) for n in range(50)]
+    async with asyncio.timeout(5):
+        assert await call("good-2", "ipv4:10.0.0.2") is good, "is not held up"
+    answer.set()
+    results = await asyncio.gather(*storm, return_exceptions=True)
+    waited = [r for r in results if isinstance(r, Unauthenticated)]
+    assert len(waited) == authentication.REVIEWS_OF_PEER_MAX
+    assert all("10.0.0.9" in str(r) for r in results if isinstance(r, PlatformFault))
+    for n in range(300):  # one after the other
+        with pytest.raises(Unauthenticated):
+            await call(f"worse-{n}", "ipv4:10.0.0.9")
+    asked.clear()
+    assert await call("good", "ipv4:10.0.0.1") is good and asked == [], "is still known"
