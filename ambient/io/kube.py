@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import email.utils
 import random
+import sys
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Mapping
 from dataclasses import dataclass, field
@@ -23,9 +24,10 @@ from ambient.errors import ConfigFault, PeerFault, PlatformFault
 from ambient.io.kube_auth import Credentials, from_kubeconfig, in_cluster
 from ambient.manifest.kinds import Kind
 from ambient.manifest.objects import Object, Slim
-from ambient.manifest.problems import Problem, problem_of
+from ambient.manifest.problems import Problem, problem_of, reference
 
 T = TypeVar("T", bound=Object)
+_Shell = TypeVar("_Shell")
 
 FIELD_MANAGER = "ambient"
 PAGE_LIMIT = 500
@@ -33,6 +35,7 @@ REQUEST_TIMEOUT_S = 60.0
 RETRIES_MAX = 4  # of requests that were answered 429 or could not be sent
 RETRY_AFTER_MAX_S = 30.0
 LINE_BYTES_MAX = 16 * 1024 * 1024  # one watch event; etcd keeps objects below 1.5 MiB
+NESTING_MAX = 10_000  # what a Kubernetes API server takes
 LIST_BYTES_MAX = 256 * 1024 * 1024  # one page
 
 PatchType = Literal["merge", "json", "strategic", "apply"]
@@ -132,7 +135,7 @@ def decode_page(kind: Kind[T], body: bytes) -> tuple[Listing[T], str]:
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
         pass
     try:
-        raw = msgspec.json.decode(body, type=_RawPage)
+        raw = _shell(body, _RawPage)
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         raise ApiUnreachable(f"list of {kind.plural}: not a Kubernetes list: {error}") from None
     items: list[T] = []
@@ -141,7 +144,8 @@ def decode_page(kind: Kind[T], body: bytes) -> tuple[Listing[T], str]:
         try:
             items.append(kind.decode(item))
         except ConfigFault as fault:
-            unreadable[_key(_metadata(item))] = problem_of(fault)
+            meta = _metadata(item)
+            unreadable[_key(meta)] = _problem(kind, meta, fault)
     return Listing(tuple(items), _version(kind, raw.metadata), unreadable), raw.metadata.continue_
 
 
@@ -151,9 +155,29 @@ def _version(kind: Kind[Any], meta: _ListMeta) -> str:
     return meta.resource_version
 
 
+def _shell(raw: bytes | msgspec.Raw, kind: type[_Shell]) -> _Shell:
+    """What is around objects. One that is nested too deeply to be read (a status may be) must not hide all others."""
+    try:
+        return msgspec.json.decode(raw, type=kind)
+    except RecursionError:
+        before = sys.getrecursionlimit()
+        sys.setrecursionlimit(max(before, 2 * NESTING_MAX))
+        try:
+            return msgspec.json.decode(raw, type=kind)
+        finally:
+            sys.setrecursionlimit(before)
+
+
+def _problem(kind: Kind[Any], meta: _Key, fault: ConfigFault) -> Problem:
+    problem = problem_of(fault)
+    if problem.where != kind.name:
+        return problem
+    return Problem(reference(kind.name, meta.namespace, meta.name or "?"), problem.field, problem.rule)
+
+
 def _metadata(raw: msgspec.Raw) -> _Key:
     try:
-        return msgspec.json.decode(raw, type=_OnlyKey).metadata
+        return _shell(raw, _OnlyKey).metadata
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
         return _Key()
 
@@ -161,7 +185,7 @@ def _metadata(raw: msgspec.Raw) -> _Key:
 def decode_event(kind: Kind[T], line: bytes) -> WatchEvent[T]:
     """One line of a watch. Raises ApiStatus for an ERROR event, ApiUnreachable for what is no event."""
     try:
-        event = msgspec.json.decode(line, type=_WatchLine)
+        event = _shell(line, _WatchLine)
         if event.type == "ERROR":
             status = msgspec.json.decode(event.object, type=_Status)
             raise ApiStatus(status.code, status.reason, status.message)
@@ -175,7 +199,7 @@ def decode_event(kind: Kind[T], line: bytes) -> WatchEvent[T]:
         decoded = kind.decode(event.object)
     except ConfigFault as fault:
         meta = _metadata(event.object)
-        return WatchEvent(event.type, meta.resource_version, _key(meta), None, problem_of(fault))
+        return WatchEvent(event.type, meta.resource_version, _key(meta), None, _problem(kind, meta, fault))
     return WatchEvent(event.type, decoded.metadata.resource_version, decoded.key, decoded)
 
 

@@ -11,6 +11,8 @@ from ambient.errors import ConfigFault
 from ambient.manifest import objects
 from ambient.manifest.problems import reference
 
+DEPTH_MAX = 50
+
 T = TypeVar("T", bound=objects.Object)
 
 
@@ -45,7 +47,7 @@ class Kind(Generic[T]):
     def decode(self, raw: bytes | memoryview | msgspec.Raw) -> T:
         """One JSON object. Raises ConfigFault naming the object, the field path and the rule."""
         try:
-            return msgspec.json.decode(raw, type=self.struct)
+            return self._bounded(msgspec.json.decode(raw, type=self.struct))
         except (msgspec.DecodeError, UnicodeDecodeError) as error:  # ValidationError is one of the former
             raise self._fault(_name_of(raw), error) from None
         except RecursionError:
@@ -54,18 +56,41 @@ class Kind(Generic[T]):
     def convert(self, value: Any) -> T:
         """One object as plain values, from YAML. Raises ConfigFault as `decode` does."""
         try:
-            return msgspec.convert(value, type=self.struct)
+            return self._bounded(msgspec.convert(value, type=self.struct))
         except msgspec.ValidationError as error:
             meta = value.get("metadata") if isinstance(value, dict) else None
             raise self._fault(meta if isinstance(meta, dict) else {}, error) from None
         except RecursionError:
             raise ConfigFault(self.name, "", "is nested too deeply") from None
 
+    def _bounded(self, item: T) -> T:
+        """What stays plain is no deeper than everybody who walks, compares or writes it can go."""
+        if not isinstance(item, objects.PolicyObject):
+            return item
+        if _deeper(item.spec):
+            where = reference(self.name, item.namespace, item.name)
+            raise ConfigFault(f"{where}: spec", "", f"is nested deeper than {DEPTH_MAX}")
+        return msgspec.structs.replace(item, status=None) if _deeper(item.status) else item
+
     def _fault(self, meta: dict[str, Any], error: Exception) -> ConfigFault:
         namespace, name = (str(meta.get(key) or "")[:253] for key in ("namespace", "name"))
         rule, _, path = str(error).partition(" - at `$")
         field = path.rstrip("`").lstrip(".") or "document"
         return ConfigFault(f"{reference(self.name, namespace, name or '?')}: {field}", "", rule)
+
+
+def _deeper(value: Any) -> bool:
+    level = [value]
+    for _ in range(DEPTH_MAX + 1):
+        level = [
+            child
+            for item in level
+            if isinstance(item, dict | list)
+            for child in (item.values() if isinstance(item, dict) else item)
+        ]
+        if not level:
+            return False
+    return True
 
 
 def _name_of(raw: bytes | memoryview | msgspec.Raw) -> dict[str, Any]:

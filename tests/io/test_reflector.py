@@ -383,3 +383,43 @@ async def test_a_reflector_survives_an_api_server_that_is_away(seen: Seen) -> No
 
 
 # -- the client alone
+
+
+@pytest.mark.parametrize("where", ["spec", "status"])
+@pytest.mark.parametrize("depth", [200, 800, 3000, 9000])
+async def test_an_object_that_is_nested_without_end_hides_no_other(
+    api: Api, client: KubeClient, where: str, depth: int
+) -> None:
+    def policy(name: str, version: int, **more: str) -> str:
+        meta = json.dumps({"name": name, "namespace": "shop", "resourceVersion": str(version)})
+        fields = {"spec": '{"action": "DENY"}'} | more
+        return f'{{"metadata": {meta}, {", ".join(f"{json.dumps(k)}: {v}" for k, v in fields.items())}}}'
+
+    deep = {where: '{"a":' * depth + "1" + "}" * depth}
+    page = f'{{"metadata": {{"resourceVersion": "9"}}, "items": [{policy("a", 1)}, {policy("b", 2, **deep)}]}}'
+
+    async def listed(_: web.Request) -> web.Response:
+        return web.Response(text=page, content_type="application/json")
+
+    api.lists.append(listed)
+    events = [("ADDED", policy("c", 10)), ("MODIFIED", policy("b", 11, **deep)), ("MODIFIED", policy("a", 12))]
+    api.watch(*(f'{{"type": "{kind}", "object": {item}}}\n'.encode() for kind, item in events))
+    told: dict[str, Any] = {}
+    reflector = Reflector(
+        client,
+        AUTHORIZATION_POLICY,
+        lambda _: None,
+        on_problem=lambda key, problem: told.update({key: problem}),
+        backoff=lambda _: 0.0,
+    )
+    task = asyncio.create_task(reflector.run())
+    await api.watched(2)
+    assert not task.done()
+    task.cancel()
+    assert {"shop/a", "shop/c"} <= set(reflector.objects)
+    assert reflector.objects["shop/a"].metadata.resource_version == "12"
+    found = reflector.objects.get("shop/b")
+    if where == "status" and found is not None:
+        assert found.status is None and told == {}
+    else:
+        assert found is None and "nested" in str(told["shop/b"])
