@@ -131,22 +131,23 @@ def decode_page(kind: Kind[T], body: bytes) -> tuple[Listing[T], str]:
     """
     try:
         page = msgspec.json.decode(body, type=_Page[kind.struct])  # type: ignore[name-defined]
-        return Listing(tuple(page.items or ()), _version(kind, page.metadata)), page.metadata.continue_
-    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
+        items = tuple(kind.bounded(item) for item in page.items or ())
+        return Listing(items, _version(kind, page.metadata)), page.metadata.continue_
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError, ConfigFault):
         pass
     try:
         raw = _shell(body, _RawPage)
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         raise ApiUnreachable(f"list of {kind.plural}: not a Kubernetes list: {error}") from None
-    items: list[T] = []
+    found: list[T] = []
     unreadable: dict[str, Problem] = {}
     for item in raw.items or ():
         try:
-            items.append(kind.decode(item))
+            found.append(kind.decode(item))
         except ConfigFault as fault:
             meta = _metadata(item)
             unreadable[_key(meta)] = _problem(kind, meta, fault)
-    return Listing(tuple(items), _version(kind, raw.metadata), unreadable), raw.metadata.continue_
+    return Listing(tuple(found), _version(kind, raw.metadata), unreadable), raw.metadata.continue_
 
 
 def _version(kind: Kind[Any], meta: _ListMeta) -> str:

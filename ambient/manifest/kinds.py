@@ -47,7 +47,7 @@ class Kind(Generic[T]):
     def decode(self, raw: bytes | memoryview | msgspec.Raw) -> T:
         """One JSON object. Raises ConfigFault naming the object, the field path and the rule."""
         try:
-            return self._bounded(msgspec.json.decode(raw, type=self.struct))
+            return self.bounded(msgspec.json.decode(raw, type=self.struct))
         except (msgspec.DecodeError, UnicodeDecodeError) as error:  # ValidationError is one of the former
             raise self._fault(_name_of(raw), error) from None
         except RecursionError:
@@ -56,15 +56,15 @@ class Kind(Generic[T]):
     def convert(self, value: Any) -> T:
         """One object as plain values, from YAML. Raises ConfigFault as `decode` does."""
         try:
-            return self._bounded(msgspec.convert(value, type=self.struct))
+            return self.bounded(msgspec.convert(value, type=self.struct))
         except msgspec.ValidationError as error:
             meta = value.get("metadata") if isinstance(value, dict) else None
             raise self._fault(meta if isinstance(meta, dict) else {}, error) from None
         except RecursionError:
             raise ConfigFault(self.name, "", "is nested too deeply") from None
 
-    def _bounded(self, item: T) -> T:
-        """What stays plain is no deeper than everybody who walks, compares or writes it can go."""
+    def bounded(self, item: T) -> T:
+        """What stays plain is no deeper than everybody who walks, compares or writes it can go. Raises ConfigFault."""
         if not isinstance(item, objects.PolicyObject):
             return item
         if _deeper(item.spec):
