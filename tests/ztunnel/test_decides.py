@@ -367,6 +367,22 @@ def test_a_pod_that_comes_again_keeps_its_connections_and_takes_new_ones(path: M
     assert another() and alive(near, far)
 
 
+def test_a_pod_in_another_sandbox_gets_nothing_of_the_earlier_one(path: Mesh):
+    near, _, listener = opened(path)
+    moved = msgspec.structs.replace(path.pod_a, netns_cookie=2, addresses=(path.b.ip4, path.b.ip6))
+    assert not path.client.put(moved, path.b, {"outbound4": path.b.listen(*path.entrance)}).error
+    with pytest.raises(ConnectionResetError):
+        near.recv(1)
+    later = path.b.connect(*path.entrance)
+    later.sendall(b"x")
+    far, _ = listener.accept()
+    assert far.recv(1) == b"x"
+    path.server.control.send(m.AskConnections(number=1))
+    told = wait_until(lambda: path.server.control.connections, "what is open")
+    assert [row.source_address.rpartition(":")[0] for row in told.rows] == [path.b.ip4]
+    later.close()
+
+
 def bound(sock: socket.socket) -> bool:
     try:
         sock.bind(("0.0.0.0", 15008))

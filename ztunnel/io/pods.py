@@ -158,8 +158,11 @@ class PodState:
 
     def renew(self, pod: Pod, fds: dict[str, int]) -> bool:
         """The same pod came again, perhaps with other listeners, perhaps while it drains: its connections go on.
-        False, with nothing done, if it is somebody else by the same UID."""
+        False, with nothing done, if it is somebody else by the same UID, or in another sandbox: tunnels out of the
+        earlier one would go on showing its address."""
         if self.gone or self.identity != str(Identity(pod.trust_domain, pod.namespace, pod.service_account)):
+            return False
+        if pod.netns_cookie != self.pod.netns_cookie:
             return False
         self.pod = _canonical(pod)
         for listener in self.listeners:

@@ -241,7 +241,7 @@ class Worker:
             return
         state = PodState(self, pod, fds)
         if known is not None:
-            known.close("the pod was enrolled again as somebody else")
+            known.close("the pod was enrolled again as somebody else, or in another sandbox")
         self.pods[pod.uid] = state
         self.link.want(state.identity)
         if self._stopping:
