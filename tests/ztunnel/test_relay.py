@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import json
 import random
@@ -113,6 +114,21 @@ def test_a_worker_that_is_killed_resets_what_it_carried(who: str, kind: str):
         for end in (near, far):
             with pytest.raises(ConnectionResetError):
                 end.recv(10)
+
+
+@pytest.mark.parametrize("kind", ["hbone", "tcp"])
+@pytest.mark.parametrize("who", ["client", "server"])
+def test_a_reset_arrives_though_nobody_reads_what_was_sent_before(who: str, kind: str):
+    require("net")
+    with mesh() as it:
+        if kind == "tcp":
+            it.set_route(kind="tcp", hops=(m.Hop(ip=it.ip, port=it.port, endpoint=f"{it.ip}:{it.port}"),))
+        near, far = connected(it, it.b.listen(it.ip, it.port))
+        resetting, told = (near, far) if who == "client" else (far, near)
+        fill(resetting)
+        resetting.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, RESET)
+        resetting.close()
+        wait_until(lambda: told.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR) == errno.ECONNRESET, "the reset")
 
 
 def receive(sock: socket.socket, count: int) -> bytes:

@@ -102,6 +102,39 @@ def test_a_reset_is_an_error_of_the_read(pair: tuple[socket.socket, socket.socke
     assert it.run() == 0
 
 
+def test_a_paused_reader_is_told_of_a_reset_and_goes_on_where_it_was(pair: tuple[socket.socket, socket.socket]) -> None:
+    ours, theirs = pair
+    it = turns()
+    read: list[bytes] = []
+    number = ours.fileno()
+
+    def reset() -> None:
+        assert read == [b"1"]
+        it.pause_reader(number, lambda: it.stop(0))
+        theirs.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        theirs.close()
+
+    it.add_reader(number, lambda: read.append(ours.recv(1)))
+    it.pause_reader(number, lambda: it.stop(3))
+    theirs.sendall(b"1")
+    it.later(0.01, lambda: it.add_reader(number, lambda: (read.append(ours.recv(1)), it.later(0.01, reset))))  # type: ignore[arg-type, func-returns-value]
+    assert it.run() == 0 and read == [b"1"]
+
+
+def test_a_paused_reader_that_ended_at_both_ends_costs_no_turns(pair: tuple[socket.socket, socket.socket]) -> None:
+    ours, theirs = pair
+    it = turns()
+    told: list[int] = []
+    it.add_reader(ours.fileno(), lambda: None)
+    it.pause_reader(ours.fileno(), lambda: told.append(1))
+    theirs.sendall(b"not read")
+    theirs.shutdown(socket.SHUT_WR)
+    ours.shutdown(socket.SHUT_WR)
+    it.later(0.1, lambda: it.stop(0))
+    assert it.run() == 0
+    assert 1 <= len(told) <= 5
+
+
 def test_a_forgotten_and_closed_socket_is_not_called_and_its_number_serves_another() -> None:
     it = turns()
     old, old_peer = socket.socketpair()

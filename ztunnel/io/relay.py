@@ -127,18 +127,28 @@ class StreamRelay(Relay):
             self._reading = False
             self.worker.remove_reader(self.fd)
 
+    def _wait(self) -> None:
+        """Read nothing for now. A reset is told all the same: nobody may ever take what would let us read it."""
+        if self._reading:
+            self._reading = False
+            self.worker.pause_reader(self.fd, self._broken)
+
+    def _broken(self) -> None:
+        if self.sock is not None and (error := sockets.error_of(self.sock)) is not None:
+            self._socket_failed(error)
+
     def _readable(self) -> None:
         tunnel, connection, stream = self.tunnel, self._connection, self.stream
         assert tunnel is not None and connection is not None and stream is not None
         for _ in range(_READS_PER_TURN):
             if tunnel.backlog_bytes:
-                self._pause()
+                self._wait()
                 tunnel.waiting.append(self)
                 return
             room = connection.reserve(stream)
             if not room:
                 if room is None:
-                    self._pause()
+                    self._wait()
                     return
                 tunnel.flush()
                 if self.done:
@@ -354,6 +364,17 @@ class PlainRelay(Relay):
             half.reading = False
             self.worker.remove_reader(self.near_fd if half is self._forward else self.far_fd)
 
+    def _wait(self, half: Half) -> None:
+        """Read nothing for now; a reset is told all the same."""
+        if half.reading:
+            half.reading = False
+            self.worker.pause_reader(self.near_fd if half is self._forward else self.far_fd, self._broken)
+
+    def _broken(self) -> None:
+        for sock in (self.near, self.far):
+            if sock is not None and not self.done and (error := sockets.error_of(sock)) is not None:
+                self._failed(error)
+
     def _near_readable(self) -> None:
         assert self.far is not None
         self.account.sent += self._move(self._forward, self.near, self.far)
@@ -392,7 +413,7 @@ class PlainRelay(Relay):
             return 0
         if sent < count:
             half.pending += scratch[sent:count]
-            self._pause(half)
+            self._wait(half)
             half.writing = True
             if half is self._forward:
                 self.worker.add_writer(self.far_fd, self._far_writable)

@@ -115,6 +115,12 @@ def reset(sock: Socket) -> None:
     sock.close()
 
 
+def error_of(sock: Socket) -> OSError | None:
+    """What broke the connection; it is told once."""
+    number = sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
+    return OSError(number, os.strerror(number)) if number else None
+
+
 def cookie(sock: Socket) -> int:
     """SO_COOKIE: what the kernel maps know an accepted socket by."""
     return int.from_bytes(sock.getsockopt(socket.SOL_SOCKET, SO_COOKIE, 8), "little")

@@ -26,6 +26,8 @@ _ONLY_READABLE: Final = select.EPOLLIN
 _READABLE: Final = select.EPOLLIN | select.EPOLLRDHUP | select.EPOLLHUP | select.EPOLLERR
 _WRITABLE: Final = select.EPOLLOUT | select.EPOLLHUP | select.EPOLLERR
 _ENDED: Final = select.EPOLLRDHUP
+_PAUSED: Final = select.EPOLLET
+_BROKEN: Final = select.EPOLLHUP | select.EPOLLERR
 
 Callback = Callable[[], None]
 
@@ -87,6 +89,7 @@ class Turns:
         self._epoll = select.epoll()
         self._readers: dict[int, Callback] = {}
         self._writers: dict[int, Callback] = {}
+        self._paused: dict[int, Callback] = {}
         self._new: set[int] = set()
         """Registered during this turn: what the turn reports of the same number is about an earlier socket."""
         self._timers: list[Timer] = []
@@ -108,8 +111,11 @@ class Turns:
     def add_reader(self, fd: int, callback: Callback, /) -> None:
         """Replaces the callback if there is one."""
         if fd not in self._readers:
+            paused = self._paused.pop(fd, None) is not None
             if fd in self._writers:
                 self._epoll.modify(fd, _READ | _WRITE)
+            elif paused:
+                self._epoll.modify(fd, _READ)
             else:
                 self._epoll.register(fd, _READ)
                 self._new.add(fd)
@@ -120,14 +126,24 @@ class Turns:
         if fd not in self._writers:
             if fd in self._readers:
                 self._epoll.modify(fd, _READ | _WRITE)
+            elif fd in self._paused:
+                self._epoll.modify(fd, _WRITE)
             else:
                 self._epoll.register(fd, _WRITE)
                 self._new.add(fd)
         self._writers[fd] = callback
 
+    def pause_reader(self, fd: int, broken: Callback, /) -> None:
+        """Instead of removing one that comes back: ``broken`` is called if the connection is reset meanwhile, and now
+        and then when it is not."""
+        if self._readers.pop(fd, None) is not None:
+            self._paused[fd] = broken
+            # by edges: what ended at both ends and is not read yet hangs up in every turn
+            self._epoll.modify(fd, _WRITE if fd in self._writers else _PAUSED)
+
     def remove_reader(self, fd: int, /) -> None:
         """Before the descriptor is closed. Nothing happens if there is none."""
-        if self._readers.pop(fd, None) is not None:
+        if self._readers.pop(fd, None) is not None or self._paused.pop(fd, None) is not None:
             if fd in self._writers:
                 self._epoll.modify(fd, _WRITE)
             else:
@@ -138,6 +154,8 @@ class Turns:
         if self._writers.pop(fd, None) is not None:
             if fd in self._readers:
                 self._epoll.modify(fd, _READ)
+            elif fd in self._paused:
+                self._epoll.modify(fd, _PAUSED)
             else:
                 self._epoll.unregister(fd)
 
@@ -146,6 +164,7 @@ class Turns:
         which there is no second descriptor anywhere, and only if the close follows at once."""
         self._readers.pop(fd, None)
         self._writers.pop(fd, None)
+        self._paused.pop(fd, None)
 
     def later(self, delay_s: float, callback: Callback) -> Timer:
         timer = Timer(time.monotonic() + delay_s, callback)
@@ -176,7 +195,8 @@ class Turns:
 
     def run(self) -> int:
         """Turn until `stop`."""
-        poll, readers, writers, new = self._epoll.poll, self._readers, self._writers, self._new
+        poll, readers, writers, paused = self._epoll.poll, self._readers, self._writers, self._paused
+        new = self._new
         clock, after_turn = time.monotonic, self._after_turn
         while self._status is None:
             events = poll(0 if self._soon else None, _PER_TURN)
@@ -198,6 +218,8 @@ class Turns:
                         if new and fd in new:
                             continue
                     if mask & _WRITABLE and (callback := writers.get(fd)) is not None:
+                        callback()
+                    if mask & _BROKEN and (callback := paused.get(fd)) is not None:
                         callback()
                 if self._soon:
                     self._run_soon()

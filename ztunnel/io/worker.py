@@ -108,6 +108,7 @@ class Worker:
         self.turns = turns = Turns(self._flush, self.fault)
         self.now = turns.now
         self.add_reader = turns.add_reader
+        self.pause_reader = turns.pause_reader
         self.remove_reader = turns.remove_reader
         self.add_writer = turns.add_writer
         self.remove_writer = turns.remove_writer
