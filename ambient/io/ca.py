@@ -82,7 +82,10 @@ class Authority:
             source = UserFiles(*(Path(value) for value in files.values()))
         else:
             source = RootDirectory(Path(settings.data_dir), settings.trust_domain)
-        return Authority(source, source.load(now), settings.secret_ttl_max_s)
+        issuer = source.load(now)
+        if isinstance(source, RootDirectory):
+            source.keep_lifetime(settings.secret_ttl_max_s)
+        return Authority(source, issuer, settings.secret_ttl_max_s)
 
     @property
     def bundle_pem(self) -> str:
@@ -236,7 +239,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m ambient.io.ca", description="The mesh's root certificate.")
     commands = parser.add_subparsers(dest="command", required=True)
     rotate = commands.add_parser("rotate", help="begin to replace the root; the running control plane does the rest")
-    rotate.add_argument("--lifetime-s", type=float, default=86400.0, help="longest life of a workload certificate")
+    rotate.add_argument("--lifetime-s", type=float, help="longest life of a workload certificate (the control plane's)")
     rotate.add_argument("--distribute-s", type=float, help="how long both roots are trusted before the new one signs")
     rotate.add_argument("--overlap-s", type=float, help="how long both roots are trusted after that")
     status = commands.add_parser("status", help="say which roots there are and what comes next")
@@ -249,7 +252,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if not options.data_dir.is_dir():
             raise ConfigFault("--data-dir", str(options.data_dir), "is no directory")
         if options.command == "rotate":
-            safe = Timing.of(options.lifetime_s)
+            safe = Timing.of(directory.lifetime_s() if options.lifetime_s is None else options.lifetime_s)
             timing = Timing(
                 safe.distribute_s if options.distribute_s is None else max(0.0, options.distribute_s),
                 safe.overlap_s if options.overlap_s is None else max(0.0, options.overlap_s),

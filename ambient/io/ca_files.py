@@ -2,7 +2,8 @@
 
 ``data_dir`` (0700) holds one ``root-<id>.pem`` (0600: key and certificate) per root, ``ca.json`` that says
 which of them signs and how far a rotation is (the one file that decides; replaced atomically), and
-``root-bundle.pem``, the roots to trust now, for whoever distributes them. Writers hold a lock.
+``root-bundle.pem``, the roots to trust now, for whoever distributes them; ``leaf-lifetime`` says in seconds how long
+leaves live. Writers hold a lock.
 """
 
 from __future__ import annotations
@@ -31,6 +32,8 @@ from ambient.io.ca_chain import Issuer, SigningKey, file_signature
 ROOT_LIFE_S = 3650 * 86400
 SEEN_EVERY_S = 60.0
 BUNDLE = "root-bundle.pem"
+LIFETIME = "leaf-lifetime"
+LIFETIME_S = 86400.0
 
 _ROOT_FILE = re.compile(r"root-([0-9a-f]{16})\.pem")
 
@@ -114,6 +117,18 @@ class RootDirectory:
             new = self._make(now)
             self._write("ca.json", msgspec.json.encode(_State.of(state.old, new, begun)), 0o600)
             return new
+
+    def keep_lifetime(self, seconds: int) -> None:
+        """The longest life of a leaf, for whoever begins a rotation without the settings at hand."""
+        with self._locked():
+            text = b"%d\n" % seconds
+            if _read_if_any(self._directory / LIFETIME) != text:
+                self._write(LIFETIME, text, 0o644)
+
+    def lifetime_s(self) -> float:
+        """What `keep_lifetime` kept; a day if nothing readable."""
+        text = (_read_if_any(self._directory / LIFETIME) or b"").strip()
+        return float(text) if text.isdigit() and len(text) < 12 else LIFETIME_S
 
     def status(self) -> tuple[str, str, Rotation]:
         """Ids of the old and the new root (empty if none), and the rotation."""

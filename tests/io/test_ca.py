@@ -21,6 +21,7 @@ from ambient.errors import ConfigFault, OurFault, PeerFault
 from ambient.io import ca
 from ambient.io.ca import Authority, read_csr
 from ambient.io.ca_client import check_chain, key_pem, make_csr, make_key, trust_bundle
+from ambient.io.ca_files import RootDirectory
 from ambient.model.identity import Identity
 from ambient.settings import ControlSettings, NodeSettings
 
@@ -248,6 +249,18 @@ def test_a_rotation_overlaps_so_that_every_leaf_verifies_with_every_bundle_of_it
         for signed, chain, _ in history[::3]:
             if signed - 500 <= at <= signed + 500:
                 assert verifies(tmp_path, chain, bundle, at=max(at, signed)), (at, signed)
+
+
+def test_a_rotation_lasts_as_long_as_the_control_planes_certificates_need(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    week = 7 * 86400
+    open_authority(tmp_path, secret_ttl_max_s=week)
+    data = tmp_path / "data"
+    assert ca.main(["rotate", "--data-dir", str(data)]) == 0
+    assert f"next step after {0.6 * week:.0f} s" in capsys.readouterr().out
+    (data / "leaf-lifetime").write_text("nonsense")
+    assert RootDirectory(data, "cluster.local").lifetime_s() == 86400
 
 
 def test_a_rotation_started_while_the_ca_is_away_still_announces_in_full(tmp_path: Path) -> None:
