@@ -67,6 +67,16 @@ def test_a_timer_that_faults_takes_no_other_with_it() -> None:
     assert [type(fault) for fault in faults] == [ZeroDivisionError]
 
 
+def test_what_is_to_be_done_soon_is_done_though_something_before_it_faults() -> None:
+    faults: list[BaseException] = []
+    it = Turns(lambda: None, faults.append)
+    it.later(5.0, lambda: it.stop(2))
+    it.soon(lambda: 1 // 0)  # type: ignore[arg-type, return-value]
+    it.soon(lambda: it.stop(0))
+    assert it.run() == 0
+    assert [type(fault) for fault in faults] == [ZeroDivisionError]
+
+
 def test_a_reader_is_told_that_the_end_follows(pair: tuple[socket.socket, socket.socket]) -> None:
     ours, theirs = pair
     it = turns()

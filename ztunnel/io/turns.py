@@ -244,10 +244,8 @@ class Turns:
                 self._alarm.ring_at(self._ring_at)
 
     def _run_soon(self) -> None:
-        soon = self._soon[:]
-        del self._soon[:]
-        for callback in soon:
-            callback()
+        for _ in range(len(self._soon)):
+            self._soon.pop(0)()  # one that faults must not take the others with it: SIGTERM may be among them
 
 
 def drain(sock: socket.socket) -> None:
