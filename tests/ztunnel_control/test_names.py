@@ -7,7 +7,7 @@ import pytest
 from ambient.model.workload import WorkloadStatus
 from ambient.model.world import World
 from tests.support.shop import ips, serves, service, workload
-from ztunnel.core.dns import TYPE_A, TYPE_AAAA, Question
+from ztunnel.core.dns import TYPE_A, TYPE_AAAA, Question, build_answer, parse_query
 from ztunnel.core.names import Names, Outcome, Resolution
 
 WORLD = World.of(
@@ -91,3 +91,12 @@ def test_the_longest_wildcard_wins() -> None:
     )
     found = Names.of(known).resolve(Question("x.wild.example.org", TYPE_A), "shop", "cluster.local")
     assert found.addresses == ips("240.0.0.2")
+
+
+def test_a_name_with_a_dot_in_a_label_is_no_wildcard_s_nor_breaks_the_answer() -> None:
+    labels = [b"." * 63] * 3 + b"wild.example.org.shop.svc.cluster.local".split(b".")
+    name = b"".join(bytes([len(label)]) + label for label in labels) + b"\0"
+    query = parse_query(b"\0\1\1\0\0\1\0\0\0\0\0\0" + name + b"\0\1\0\1")
+    found = NAMES.resolve(query.question, "shop", "cluster.local")
+    assert found.outcome is FORWARD
+    assert build_answer(query, found.addresses, alias=found.alias)

@@ -57,6 +57,9 @@ class Names:
         """``namespace`` is the asking pod's: it names the search suffixes, and decides between equal hostnames."""
         if self.world is None or question.klass != CLASS_IN or question.kind not in (TYPE_A, TYPE_AAAA):
             return _FORWARD
+        # A dot within a label: no hostname, not even a wildcard's, and no alias to answer with.
+        if "\\" in question.name:
+            return _FORWARD
         found = self._addresses(question.name, namespace)
         alias = ""
         if found is None:
