@@ -62,21 +62,24 @@ def read(item: PeerAuthentication, mesh: Mesh) -> tuple[PeerMode, tuple[Problem,
     if not isinstance(levels, dict) or len(levels) > PORTS_MAX:
         rule = f"must be a mapping of at most {PORTS_MAX} ports"
         raise ConfigFault(f"{where}: spec.portLevelMtls", str(levels)[:80], rule)
-    ports: list[tuple[int, Mode]] = []
+    ports: dict[int, Mode] = {}
     for port, value in levels.items():
         at, text = f"{where}: spec.portLevelMtls[{str(port)[:20]}]", str(port)
         if not (text.isascii() and text.isdigit() and len(text) <= 5 and 1 <= int(text) <= 65535):
             raise ConfigFault(at, text[:20], "must be a port, 1 to 65535")
-        ports.append((int(text), _mode(at, value)))
+        if int(text) in ports:  # as 80 and 080
+            raise ConfigFault(at, text, "is the same port as another")
+        ports[int(text)] = _mode(at, value)
     problems: list[Problem] = []
     if ports and not selector:
         problems.append(Problem(where, "spec.portLevelMtls", "needs a selector: the ports are ignored"))
-        ports = []
+        ports = {}
     if selector and item.namespace == mesh.root_namespace:
         rule = "a selector in the root namespace selects nothing: the object is ignored"
         problems.append(Problem(where, "spec.selector", rule))
     created = item.metadata.creation_timestamp or ""
-    return PeerMode(item.namespace, item.name, created, selector, mode, tuple(sorted(ports))), tuple(problems)
+    by_number = tuple(sorted(ports.items(), key=lambda pair: pair[0]))
+    return PeerMode(item.namespace, item.name, created, selector, mode, by_number), tuple(problems)
 
 
 def closed(item: PeerAuthentication) -> PeerMode:

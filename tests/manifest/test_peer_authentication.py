@@ -144,6 +144,10 @@ def test_an_object_shadowed_by_an_older_one_is_known() -> None:
         ({"portLevelMtls": [1]}, "spec.portLevelMtls"),
         ({"portLevelMtls": {"0": {"mode": "STRICT"}}}, r"spec.portLevelMtls\[0\]"),
         ({"portLevelMtls": {"http": {"mode": "STRICT"}}}, r"spec.portLevelMtls\[http\]"),
+        (
+            {"portLevelMtls": {"80": {"mode": "STRICT"}, "080": {"mode": "PERMISSIVE"}}},
+            r"spec.portLevelMtls\[080\]",
+        ),
         ({"portLevelMtls": {"80": {"mode": "NO"}}}, r"spec.portLevelMtls\[80\].mode"),
         ({"selector": {"matchLabels": {"a": 1}}}, r"spec.selector.matchLabels\[a\]"),
         ([], "spec"),
