@@ -9,7 +9,7 @@ allows nothing), a pod that cannot have an identity is left out; `problems` name
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any
+from typing import Any, TypeVar
 
 from ambient.errors import ConfigFault
 from ambient.manifest import objects, peer_authentication, pods, policies, services
@@ -24,6 +24,8 @@ from ambient.model.policy import Policy, Scope
 from ambient.model.workload import Port, Service, TunnelProtocol, Workload, WorkloadStatus
 from ambient.model.world import Diff, World
 
+_Policy = TypeVar("_Policy", bound=objects.PolicyObject)
+_Judgement = TypeVar("_Judgement")
 _POLICIES = ("AuthorizationPolicy", "PeerAuthentication")
 _NOT_DECODED = "does not decode"  # a spec that no policy has
 
@@ -195,7 +197,7 @@ class Translator:
         if new is not None:
             standing_closed = ("AuthorizationPolicy", key)
             try:
-                after = policies.convert(new, self.mesh)
+                after = _judged(policies.convert, new, self.mesh)
                 self._problems["AuthorizationPolicy", key] = after.problems
                 self._closed.discard(standing_closed)
             except ConfigFault as fault:
@@ -231,7 +233,7 @@ class Translator:
         else:
             before, standing_closed = self._peer.get(key), ("PeerAuthentication", key)
             try:
-                mode, problems = peer_authentication.read(new, self.mesh)
+                mode, problems = _judged(peer_authentication.read, new, self.mesh)
                 self._problems["PeerAuthentication", key] = problems
                 self._closed.discard(standing_closed)
             except ConfigFault as fault:
@@ -410,6 +412,17 @@ class Translator:
                 workload_name=item.name,
                 host_network=True,
             )
+
+
+def _judged(judge: Callable[[_Policy, Mesh], _Judgement], item: _Policy, mesh: Mesh) -> _Judgement:
+    """What we ourselves fail on is a fault of that policy: it must neither stand open nor end the process."""
+    try:
+        return judge(item, mesh)
+    except ConfigFault:
+        raise
+    except Exception as error:
+        where = reference(type(item).__name__, item.namespace, item.name)
+        raise ConfigFault(f"{where}: spec", "", f"cannot be judged: {type(error).__name__}: {error}"[:300]) from error
 
 
 def _discard(index: dict[Any, set[str]], key: Any, value: str) -> None:

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ambient.manifest import kinds
+from ambient.manifest import kinds, peer_authentication, policies
 from ambient.manifest.kinds import Changed, Kind
 from ambient.manifest.mesh import Mesh
 from ambient.manifest.translate import Translator, translate
@@ -283,6 +283,18 @@ def test_what_never_was_good_stands_closed_for_whatever_it_selects_now(cluster: 
     cluster.put(authorization("p", action="DENY", selector=b), peer("PERMISSIVE", selector=b))
     cluster.put(authorization("p", action="DENNY", selector=a), peer("STRCT", selector=a))
     assert cluster.workload("b").policies == ("shop/p",) and cluster.workload("a").policies == ()
+
+
+def test_a_policy_on_which_we_fail_ourselves_stands_closed(cluster: Cluster, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: Any) -> Any:
+        raise TypeError("not ours")
+
+    monkeypatch.setattr(policies, "convert", fail)
+    monkeypatch.setattr(peer_authentication, "read", fail)
+    cluster.put(pod("a", "10.1.0.1"), peer("PERMISSIVE"))
+    fresh = cluster.put(authorization("p", rules=[{}])).policies["shop/p"]
+    assert (fresh.action, fresh.groups) == (Action.ALLOW, ()) and cluster.workload("a").policies == (STRICT,)
+    assert ["TypeError" in str(problem) for problem in cluster.translator.problems] == [True, True]
 
 
 def test_a_bad_service_keeps_its_last_good_form_and_a_bad_pod_is_left_out(cluster: Cluster) -> None:
