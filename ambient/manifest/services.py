@@ -23,6 +23,9 @@ from ambient.model.workload import (
     LoadBalancingScope,
     Port,
     Service,
+    TunnelProtocol,
+    Workload,
+    WorkloadStatus,
 )
 
 _SAME_ZONE = (LoadBalancingScope.NETWORK, LoadBalancingScope.REGION, LoadBalancingScope.ZONE)
@@ -202,3 +205,32 @@ def ports_served(service: objects.Service, members: Iterable[Member]) -> tuple[P
         if port.protocol == "TCP" and port.name in numbers:
             ports.append(Port(port.port, numbers[port.name] or port.port, _app_protocol(port)))
     return tuple(sorted(ports, key=lambda p: p.service_port))
+
+
+def service_key(key: str, mesh: Mesh) -> str:
+    """``namespace/name`` as the World has it: ``namespace/hostname``."""
+    namespace, _, name = key.partition("/")
+    return f"{namespace}/{name}.{namespace}.svc.{mesh.cluster_domain}"
+
+
+def outside(key: str, member: Member, service: objects.Service, mesh: Mesh) -> Iterable[Workload]:
+    """The addresses of a member that is no pod: endpoints outside the mesh. ``key`` is its slice's."""
+    if service.spec.type == "ExternalName":
+        return
+    namespace, _, name = key.partition("/")
+    for address in member.addresses:
+        yield Workload(
+            uid=f"{mesh.cluster_id}/discovery.k8s.io/EndpointSlice/{namespace}/{name}/{address}",
+            name=str(address),
+            namespace=namespace,
+            addresses=(address,),
+            node=member.node,
+            trust_domain=mesh.trust_domain,
+            protocol=TunnelProtocol.NONE,
+            status=WorkloadStatus.HEALTHY if member.ready else WorkloadStatus.UNHEALTHY,
+            services=((service_key(member.service, mesh), ports_served(service, (member,))),),
+            cluster_id=mesh.cluster_id,
+            canonical_name=service.name,
+            workload_name=service.name,
+            host_network=True,
+        )

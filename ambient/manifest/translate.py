@@ -9,7 +9,8 @@ allows nothing), a pod that cannot have an identity is left out; `problems` name
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any, TypeVar
+from dataclasses import replace
+from typing import Any
 
 from ambient.errors import ConfigFault
 from ambient.manifest import objects, peer_authentication, pods, policies, services
@@ -19,13 +20,12 @@ from ambient.manifest.peer_authentication import PeerMode, PeerModes
 from ambient.manifest.policies import Converted, selects
 from ambient.manifest.problems import Problem, problem_of, reference
 from ambient.manifest.services import Member
+from ambient.manifest.standing import Standing
 from ambient.model.address import IPAddress
 from ambient.model.policy import Policy, Scope
-from ambient.model.workload import Port, Service, TunnelProtocol, Workload, WorkloadStatus
+from ambient.model.workload import Port, Service, Workload
 from ambient.model.world import Diff, World
 
-_Policy = TypeVar("_Policy", bound=objects.PolicyObject)
-_Judgement = TypeVar("_Judgement")
 _POLICIES = ("AuthorizationPolicy", "PeerAuthentication")
 _NOT_DECODED = "does not decode"  # a spec that no policy has
 
@@ -36,8 +36,14 @@ class Translator:
     def __init__(self, mesh: Mesh) -> None:
         self.mesh = mesh
         self.world = World()
-        self.converted: dict[str, Converted] = {}
-        """AuthorizationPolicies by key, as judged last; the status writer reads it."""
+        self._policies = Standing[objects.AuthorizationPolicy, Converted](
+            lambda item: _with_problems(policies.convert(item, mesh)),
+            lambda item: policies.closed(item, mesh),
+            "it allows nothing",
+        )
+        self._peer = Standing[objects.PeerAuthentication, PeerMode](
+            lambda item: peer_authentication.read(item, mesh), peer_authentication.closed, "it means STRICT"
+        )
         self._problems: dict[tuple[str, str], tuple[Problem, ...]] = {}
         self._pods: dict[str, objects.Pod] = {}
         self._addresses: dict[str, tuple[IPAddress, ...]] = {}
@@ -50,10 +56,8 @@ class Translator:
         self._slices_of: dict[str, set[str]] = {}  # service -> slices
         self._slices_naming: dict[str, set[str]] = {}  # pod -> slices
         self._selecting: dict[str, dict[str, policies.Selector]] = {}  # namespace -> policy -> selector
-        self._peer: dict[str, PeerMode] = {}
         self._peers = PeerModes.of((), mesh)
-        self._closed: set[tuple[str, str]] = set()  # kind and key of those that never had a good form
-        self._undecoded: set[tuple[str, str]] = set()  # those of them that did not even decode
+        self._undecoded: set[tuple[str, str]] = set()  # kind and key of policies that never decoded
         self._dirty_pods: set[str] = set()
         self._dirty_services: set[str] = set()
         self._dirty_slices: set[str] = set()
@@ -70,6 +74,11 @@ class Translator:
         }
 
     @property
+    def converted(self) -> Mapping[str, Converted]:
+        """AuthorizationPolicies by key, as judged last; the status writer reads it."""
+        return self._policies.forms
+
+    @property
     def problems(self) -> tuple[Problem, ...]:
         return tuple(sorted(p for found in self._problems.values() for p in found))
 
@@ -80,13 +89,12 @@ class Translator:
             self._undecoded.discard((event.kind.name, event.key))
             if event.new is None:
                 self._problems.pop((event.kind.name, event.key), None)
-                self._closed.discard((event.kind.name, event.key))
             handler(event.key, event.old, event.new)
 
     def unreadable(self, kind: Kind[Any], key: str) -> None:
         """A policy exists and does not decode. Without a good form it stands closed for its whole namespace, until
         `change` is told of it."""
-        known: Mapping[str, Any] = self._peer if kind.name == "PeerAuthentication" else self.converted
+        known: Mapping[str, Any] = self._peer.forms if kind.name == "PeerAuthentication" else self.converted
         namespace, _, name = key.partition("/")
         if kind.name in _POLICIES and name and key not in known:
             meta = objects.Metadata(name=name, namespace=namespace)
@@ -192,25 +200,12 @@ class Translator:
         self._dirty_slices.add(key)
 
     def _policy(self, key: str, _old: Any, new: objects.AuthorizationPolicy | None) -> None:
-        before = self.converted.pop(key, None)
-        after: Converted | None = None
-        if new is not None:
-            standing_closed = ("AuthorizationPolicy", key)
-            try:
-                after = _judged(policies.convert, new, self.mesh)
-                self._problems["AuthorizationPolicy", key] = after.problems
-                self._closed.discard(standing_closed)
-            except ConfigFault as fault:
-                if before is not None and standing_closed not in self._closed:
-                    kept, standing = before, "its last good form stays in force"
-                else:
-                    kept, standing = policies.closed(new, self.mesh), "until then it allows nothing"
-                    self._closed.add(standing_closed)
-                problem = problem_of(fault)
-                problem = Problem(problem.where, problem.field, f"{problem.rule}; {standing}")
-                self._problems["AuthorizationPolicy", key] = (problem,)
-                after = Converted(kept.policy, kept.selector, (problem,))
-            self.converted[key] = after
+        before = self.converted.get(key)
+        problems = self._policies.change(key, new)
+        after = self.converted.get(key)
+        if after is not None:
+            self._problems["AuthorizationPolicy", key] = problems
+            after = self._policies.forms[key] = replace(after, problems=problems)
         self._dirty_policies.add(key)
         namespace = key.partition("/")[0]
         for converted in (before, after):
@@ -228,25 +223,9 @@ class Translator:
                 self._dirty_pods.add(key)
 
     def _peer_authentication(self, key: str, _old: Any, new: objects.PeerAuthentication | None) -> None:
-        if new is None:
-            self._peer.pop(key, None)
-        else:
-            before, standing_closed = self._peer.get(key), ("PeerAuthentication", key)
-            try:
-                mode, problems = _judged(peer_authentication.read, new, self.mesh)
-                self._problems["PeerAuthentication", key] = problems
-                self._closed.discard(standing_closed)
-            except ConfigFault as fault:
-                problem = problem_of(fault)
-                self._problems["PeerAuthentication", key] = (
-                    Problem(problem.where, problem.field, f"{problem.rule}; until then the last good form or STRICT"),
-                )
-                if before is not None and standing_closed not in self._closed:
-                    mode = before
-                else:
-                    mode = peer_authentication.closed(new)
-                    self._closed.add(standing_closed)
-            self._peer[key] = mode
+        problems = self._peer.change(key, new)
+        if new is not None:
+            self._problems["PeerAuthentication", key] = problems
         self._dirty_peers = True
         namespace = key.partition("/")[0]
         if namespace == self.mesh.root_namespace:
@@ -263,7 +242,7 @@ class Translator:
             wanted[key] = converted.policy if converted is not None else None
         self._dirty_policies.clear()
         if self._dirty_peers:
-            self._peers = PeerModes.of(self._peer.values(), self.mesh)
+            self._peers = PeerModes.of(self._peer.forms.values(), self.mesh)
             self._problems["PeerAuthentication", ""] = tuple(
                 Problem(
                     reference("PeerAuthentication", item.namespace, item.name),
@@ -283,7 +262,7 @@ class Translator:
         for key in self._dirty_services:
             item = self._services.get(key)
             if item is None:
-                wanted[self._service_key(key)] = None
+                wanted[services.service_key(key, self.mesh)] = None
                 continue
             try:
                 service, problems = services.service_of(item, self.mesh)
@@ -291,13 +270,9 @@ class Translator:
                 self._problems["Service", key] = (problem_of(fault),)
                 continue
             self._problems["Service", key] = problems
-            wanted[self._service_key(key)] = service
+            wanted[services.service_key(key, self.mesh)] = service
         self._dirty_services.clear()
         return _difference(self.world.services, wanted)
-
-    def _service_key(self, key: str) -> str:
-        namespace, _, name = key.partition("/")
-        return f"{namespace}/{name}.{namespace}.svc.{self.mesh.cluster_domain}"
 
     def _take_pods(self) -> tuple[tuple[Workload, ...], tuple[str, ...]]:
         wanted: dict[str, Workload | None] = {}
@@ -367,7 +342,7 @@ class Translator:
         for service, members in found.items():
             item = self._services.get(service)
             if item is not None and item.spec.type != "ExternalName":
-                served.append((self._service_key(service), services.ports_served(item, members)))
+                served.append((services.service_key(service, self.mesh), services.ports_served(item, members)))
         return tuple(sorted(served, key=lambda pair: pair[0]))
 
     def _policies_of(self, pod: objects.Pod) -> tuple[str, ...]:
@@ -384,45 +359,18 @@ class Translator:
         wanted: dict[str, Workload | None] = {}
         for key in self._dirty_slices:
             wanted |= dict.fromkeys(self._orphans.pop(key, ()))
-            fresh = {w.uid: w for m in self._members.get(key, ()) if not m.pod for w in self._orphans_of(key, m)}
+            members = [(m, self._services.get(m.service)) for m in self._members.get(key, ()) if not m.pod]
+            outside = (services.outside(key, m, item, self.mesh) for m, item in members if item is not None)
+            fresh = {workload.uid: workload for found in outside for workload in found}
             if fresh:
                 self._orphans[key] = tuple(fresh)
                 wanted |= fresh
         self._dirty_slices.clear()
         return _difference(self.world.workloads, wanted)
 
-    def _orphans_of(self, key: str, member: Member) -> Iterable[Workload]:
-        item = self._services.get(member.service)
-        if item is None or item.spec.type == "ExternalName":
-            return
-        namespace, _, name = key.partition("/")
-        for address in member.addresses:
-            yield Workload(
-                uid=f"{self.mesh.cluster_id}/discovery.k8s.io/EndpointSlice/{namespace}/{name}/{address}",
-                name=str(address),
-                namespace=namespace,
-                addresses=(address,),
-                node=member.node,
-                trust_domain=self.mesh.trust_domain,
-                protocol=TunnelProtocol.NONE,
-                status=WorkloadStatus.HEALTHY if member.ready else WorkloadStatus.UNHEALTHY,
-                services=((self._service_key(member.service), services.ports_served(item, (member,))),),
-                cluster_id=self.mesh.cluster_id,
-                canonical_name=item.name,
-                workload_name=item.name,
-                host_network=True,
-            )
 
-
-def _judged(judge: Callable[[_Policy, Mesh], _Judgement], item: _Policy, mesh: Mesh) -> _Judgement:
-    """What we ourselves fail on is a fault of that policy: it must neither stand open nor end the process."""
-    try:
-        return judge(item, mesh)
-    except ConfigFault:
-        raise
-    except Exception as error:
-        where = reference(type(item).__name__, item.namespace, item.name)
-        raise ConfigFault(f"{where}: spec", "", f"cannot be judged: {type(error).__name__}: {error}"[:300]) from error
+def _with_problems(converted: Converted) -> tuple[Converted, tuple[Problem, ...]]:
+    return converted, converted.problems
 
 
 def _discard(index: dict[Any, set[str]], key: Any, value: str) -> None:
