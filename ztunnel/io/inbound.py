@@ -19,7 +19,8 @@ from ztunnel.core.headers import Header
 from ztunnel.core.streams import DISCARD, Stream
 from ztunnel.io import sockets
 from ztunnel.io.ledger import Account
-from ztunnel.io.relay import Half, PlainRelay, StreamRelay
+from ztunnel.io.plain_relay import Half, PlainRelay
+from ztunnel.io.relay import StreamRelay
 from ztunnel.io.server_tunnel import ServerTunnel
 from ztunnel.io.sockets import Connecting, Socket, address_text
 from ztunnel.io.tls import Credential

@@ -16,7 +16,8 @@ from ztunnel.core.streams import DISCARD
 from ztunnel.io import sockets
 from ztunnel.io.client_tunnel import ClientTunnel
 from ztunnel.io.ledger import Account
-from ztunnel.io.relay import PlainRelay, StreamRelay
+from ztunnel.io.plain_relay import PlainRelay
+from ztunnel.io.relay import StreamRelay
 from ztunnel.io.sockets import Connecting, Socket, address_text
 from ztunnel.io.tls import Credential
 
