@@ -15,7 +15,8 @@ import click
 from ambient.cli.output import Group, emit, output_option
 from ambient.cli.target import LABS, find_lab
 from ambient.errors import ConfigFault
-from ambient.io.kube import ApiStatus, KubeClient
+from ambient.io.kube import KubeClient
+from ambient.io.kube_answers import ApiStatus
 from ambient.manifest.kinds import NAMESPACE, POD
 from ambient.manifest.objects import Pod
 

@@ -15,7 +15,8 @@ from collections.abc import Callable
 from ambient.control.reconcile import Reconciler
 from ambient.control.statuses import ROOT_CONFIG_MAP, ROOT_KEY, RootWrite, StatusPatch
 from ambient.errors import AmbientError
-from ambient.io.kube import ApiStatus, KubeClient, backoff_s
+from ambient.io.kube import KubeClient, backoff_s
+from ambient.io.kube_answers import ApiStatus
 from ambient.manifest.kinds import AUTHORIZATION_POLICY, CONFIG_MAP
 
 log = logging.getLogger(__name__)

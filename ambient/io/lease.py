@@ -12,7 +12,8 @@ from collections.abc import Callable
 from typing import Any
 
 from ambient.errors import AmbientError
-from ambient.io.kube import ApiStatus, KubeClient
+from ambient.io.kube import KubeClient
+from ambient.io.kube_answers import ApiStatus
 from ambient.manifest.kinds import LEASE
 from ambient.manifest.objects import Lease
 

@@ -17,7 +17,8 @@ from types import MappingProxyType
 from typing import Generic, TypeVar
 
 from ambient.errors import PlatformFault
-from ambient.io.kube import RETRY_AFTER_MAX_S, ApiStatus, ApiUnreachable, KubeClient, backoff_s
+from ambient.io.kube import RETRY_AFTER_MAX_S, KubeClient, backoff_s
+from ambient.io.kube_answers import ApiStatus, ApiUnreachable
 from ambient.manifest.kinds import Changed, Kind
 from ambient.manifest.objects import Object
 from ambient.manifest.problems import Problem

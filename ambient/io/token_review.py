@@ -13,7 +13,8 @@ import msgspec
 
 from ambient.control.certificates import Caller
 from ambient.errors import PlatformFault
-from ambient.io.kube import ApiStatus, KubeClient
+from ambient.io.kube import KubeClient
+from ambient.io.kube_answers import ApiStatus
 from ambient.manifest.kinds import POD
 
 AUDIENCE = "istio-ca"

@@ -7,7 +7,7 @@ acknowledged would hold up every enrolment. A certificate may be asked for by an
 request is taken in only after its sender was authenticated, and strangers cannot fill our memory with them.
 
 Per client there is one task that reads and one that writes; a write waits for the client's flow control, and
-meanwhile that client's changes pile up in the World alone (`ambient.xds.server`), so a slow client costs one
+meanwhile that client's changes pile up in the World alone (`ambient.xds.session`), so a slow client costs one
 response of memory and blocks nobody.
 """
 

@@ -11,7 +11,8 @@ from typing import Any
 import yaml
 
 from ambient.errors import ConfigFault
-from ambient.io.kube import ApiStatus, KubeClient
+from ambient.io.kube import KubeClient
+from ambient.io.kube_answers import ApiStatus
 from ambient.lab.container import image_name
 
 DOCUMENTS_MAX = 10_000

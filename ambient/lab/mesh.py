@@ -23,7 +23,8 @@ import yaml
 
 import ambient
 from ambient.errors import AmbientError, PlatformFault
-from ambient.io.kube import ApiStatus, KubeClient
+from ambient.io.kube import KubeClient
+from ambient.io.kube_answers import ApiStatus
 from ambient.lab import cgroups
 from ambient.lab.container import now_text
 from ambient.lab.objects import MIRROR, POD

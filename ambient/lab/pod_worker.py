@@ -10,7 +10,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from ambient.errors import AmbientError
-from ambient.io.kube import ApiStatus, KubeClient
+from ambient.io.kube import KubeClient
+from ambient.io.kube_answers import ApiStatus
 from ambient.lab.cni import Chain
 from ambient.lab.container import RunningContainer, Surroundings, now_text
 from ambient.lab.objects import EVENT, POD, KubeletPod

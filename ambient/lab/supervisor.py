@@ -20,7 +20,8 @@ from pathlib import Path
 import msgspec
 
 from ambient.errors import AmbientError
-from ambient.io.kube import ApiStatus, KubeClient
+from ambient.io.kube import KubeClient
+from ambient.io.kube_answers import ApiStatus
 from ambient.io.kube_auth import from_kubeconfig
 from ambient.lab import cgroups, mesh, network, record
 from ambient.lab.apiserver.http import ApiServer, ApiSettings

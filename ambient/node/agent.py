@@ -26,7 +26,8 @@ from ambient.datapath.layout import LAYOUT
 from ambient.errors import AmbientError, ConfigFault
 from ambient.io import bpf_drain, bpf_links, logs
 from ambient.io.bpf_maps import Maps
-from ambient.io.kube import ApiStatus, KubeClient
+from ambient.io.kube import KubeClient
+from ambient.io.kube_answers import ApiStatus
 from ambient.io.mesh_client import await_acknowledged
 from ambient.io.reflector import Reflector
 from ambient.io.xds_client import subscribe

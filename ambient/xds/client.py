@@ -3,7 +3,7 @@
 What it promises its user:
 
 * nothing before the first complete World (both types answered), then every World it hands out is one the
-  server had: the responses of one round (`ambient.xds.server`) are applied together or not at all;
+  server had: the responses of one round (`ambient.xds.session`) are applied together or not at all;
 * a response is acknowledged by `commit` only, that is after its user has acted on it;
 * a bad resource is refused by name and the rest of its response still applies; its last good version
   serves on. A policy that never was good is replaced by one that fails closed (`policies.stand_in`).

@@ -9,7 +9,8 @@ import pytest
 from aiohttp import web
 
 from ambient.io import kube
-from ambient.io.kube import ApiStatus, ApiUnreachable, KubeClient
+from ambient.io.kube import KubeClient
+from ambient.io.kube_answers import ApiStatus, ApiUnreachable
 from ambient.io.kube_auth import Credentials
 from ambient.manifest.kinds import NAMESPACE, POD
 from tests.io.kube_api import Api, pod, status

@@ -8,7 +8,8 @@ from typing import Any
 
 import pytest
 
-from ambient.io.kube import ApiUnreachable, KubeClient
+from ambient.io.kube import KubeClient
+from ambient.io.kube_answers import ApiUnreachable
 from ambient.io.lease import Election
 from tests.support.control_plane import Cluster, running_cluster
 

@@ -14,7 +14,8 @@ from typing import Any
 import aiohttp
 import pytest
 
-from ambient.io.kube import ApiStatus, KubeClient
+from ambient.io.kube import KubeClient
+from ambient.io.kube_answers import ApiStatus
 from ambient.io.run_control import ControlPlane
 from ambient.io.token_review import TokenReviewer
 from ambient.manifest.kinds import AUTHORIZATION_POLICY, CONFIG_MAP, KINDS, NAMESPACE, PEER_AUTHENTICATION, POD

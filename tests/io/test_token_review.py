@@ -9,7 +9,8 @@ import pytest
 
 from ambient.control.certificates import Caller
 from ambient.errors import PlatformFault
-from ambient.io.kube import ApiStatus, KubeClient
+from ambient.io.kube import KubeClient
+from ambient.io.kube_answers import ApiStatus
 from ambient.io.kube_auth import Credentials
 from ambient.io.token_review import TokenReviewer
 from ambient.manifest.kinds import POD

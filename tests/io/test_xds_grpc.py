@@ -19,7 +19,7 @@ from ambient.model.world import Diff, World
 from ambient.proto import discovery_pb2
 from ambient.xds.client import Backoff
 from ambient.xds.resources import ADDRESS_TYPE
-from ambient.xds.server import Response, Session
+from ambient.xds.session import Response, Session
 from tests.io.follower import QUICK, Follower, workload
 from tests.support.control import Background, ControlPlane, Now, until
 

@@ -11,7 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ambient.io.kube import ApiStatus, KubeClient
+from ambient.io.kube import KubeClient
+from ambient.io.kube_answers import ApiStatus
 from ambient.io.run_control import ControlPlane
 from ambient.lab.apiserver.http import ApiServer, ApiSettings
 from ambient.manifest.kinds import NAMESPACE, POD

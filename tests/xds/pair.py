@@ -10,7 +10,8 @@ from ambient.model.workload import Port, Service, TunnelProtocol, Workload
 from ambient.model.world import World
 from ambient.proto import discovery_pb2
 from ambient.xds.client import Change, Client, describe_node
-from ambient.xds.server import Server, Session
+from ambient.xds.server import Server
+from ambient.xds.session import Session
 
 DeltaRequest = discovery_pb2.DeltaDiscoveryRequest
 DeltaResponse = discovery_pb2.DeltaDiscoveryResponse

@@ -13,10 +13,11 @@ from ambient.model.policy import Action, Group
 from ambient.model.workload import Port, Workload
 from ambient.model.world import Diff, World
 from ambient.proto import authorization_pb2
-from ambient.xds import server as server_module
+from ambient.xds import session as session_module
 from ambient.xds.client import Backoff, Change, Client, describe_node
 from ambient.xds.resources import ADDRESS_TYPE, AUTHORIZATION_TYPE
-from ambient.xds.server import ROUNDS_IN_FLIGHT_MAX, Server, Session
+from ambient.xds.server import Server
+from ambient.xds.session import ROUNDS_IN_FLIGHT_MAX, Session
 from tests.support.worlds import small_worlds
 from tests.xds.pair import DeltaRequest, DeltaResponse, Pair, names, policy, server_of, service, workload, world_of
 
@@ -81,7 +82,7 @@ def test_every_world_the_client_acts_by_is_one_the_server_had_however_small_the_
     a: World, b: World, size: int
 ) -> None:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(server_module, "RESPONSE_BYTES", size)
+        patch.setattr(session_module, "RESPONSE_BYTES", size)
         server = Server()
         server.set_world(a)
         pair = Pair(server)

@@ -7,9 +7,10 @@ import time
 import pytest
 
 from ambient.errors import PeerFault
-from ambient.xds import server as server_module
+from ambient.xds import session as session_module
 from ambient.xds.resources import ADDRESS_TYPE, AUTHORIZATION_TYPE
-from ambient.xds.server import CLIENTS_OF_NODE_MAX, ROUNDS_ASKED_MAX, Server, Session
+from ambient.xds.server import CLIENTS_OF_NODE_MAX, Server
+from ambient.xds.session import ROUNDS_ASKED_MAX, Session
 from tests.xds.pair import DeltaRequest, DeltaResponse, Pair, server_of, workload, world_of
 
 
@@ -50,7 +51,7 @@ def test_pods_that_are_gone_are_not_remembered() -> None:
 
 
 def test_names_that_a_client_says_are_bounded_in_sum(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(server_module, "NAME_CHARS_MAX", 10_000)
+    monkeypatch.setattr(session_module, "NAME_CHARS_MAX", 10_000)
     session = server_of().open("n1")
     for n in range(100):
         ask(session, f"{n:0100}")
