@@ -36,8 +36,7 @@ from ambient.manifest.kinds import NAMESPACE, POD, Changed
 from ambient.manifest.objects import Namespace, Pod
 from ambient.manifest.pods import uid_on_node
 from ambient.model.world import Diff, World
-from ambient.node import inherit, servers
-from ambient.node import kernel as kernels
+from ambient.node import inherit, programs, servers
 from ambient.node.holder_client import HolderClient
 from ambient.node.inherit import Inheritance
 from ambient.node.kernel import Kernel
@@ -114,7 +113,7 @@ class Agent:
             if problem:
                 log.error("%s", problem)
                 self._problems[name] = problem
-        self._pods = Pods(settings, self._records, self, self._acknowledged, lambda: kernels.cgroups_of(settings)[1])
+        self._pods = Pods(settings, self._records, self, self._acknowledged, lambda: programs.cgroups_of(settings)[1])
         self._holder = HolderClient(run_dir / "holder.sock", self._pods.late)
 
     async def run(self) -> None:
@@ -194,8 +193,8 @@ class Agent:
 
     async def _operate(self) -> None:
         """Load what is not loaded, take up what is there, then keep maps and World in step."""
-        if not kernels.loaded(self._settings):
-            log.info("%s", await kernels.load(self._settings))
+        if not programs.loaded(self._settings):
+            log.info("%s", await programs.load(self._settings))
             if self._kernel is not None:  # other maps now: everything is written again
                 self._kernel.close()
                 self._kernel = None

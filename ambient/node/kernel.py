@@ -1,16 +1,14 @@
-"""What the agent has in the kernel: programs by way of the loader, maps, attachments. The one writer of them.
+"""What the agent has in the kernel: entries of the maps, and the filters in pods. The one writer of them.
 
 Keeps a mirror of what it wrote to `workloads` and `services` and applies only differences.
 """
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import dataclasses
 import logging
 import os
-import sys
 import time
 from collections.abc import Callable, Collection, Iterable, Iterator
 from pathlib import Path
@@ -34,13 +32,12 @@ from ambient.io.bpf_maps import Maps, TypedMap
 from ambient.model.world import World
 from ambient.node import taken
 from ambient.node.crowd import Crowd
+from ambient.node.programs import cgroups_of
 from ambient.node.records import Names
 from ambient.node.redirection import Redirection
 from ambient.node.same_node import SameNode
 from ambient.settings import NodeSettings
 
-LOADER_S: Final = 180.0
-"""Compiling takes seconds; minutes on a busy small machine."""
 _KINDS: Final = (
     ("outbound", LAYOUT["LISTENER_OUTBOUND"]),
     ("plaintext", LAYOUT["LISTENER_INBOUND_PLAINTEXT"]),
@@ -50,49 +47,6 @@ _KINDS: Final = (
 log = logging.getLogger(__name__)
 K = TypeVar("K")
 V = TypeVar("V")
-
-
-async def load(settings: NodeSettings) -> str:
-    """Have the programs compiled, pinned and attached if they are not. Returns what the loader said.
-
-    Raises PlatformFault with the loader's own message.
-    """
-    node, pods = cgroups_of(settings)
-    argv = [sys.executable, "-m", "ambient.io.bpf_load", "--bpffs-dir", settings.bpffs_dir]
-    argv += ["--node-cgroup", str(node), "--pods-cgroup", str(pods)]
-    process = await asyncio.create_subprocess_exec(
-        *argv, stdin=asyncio.subprocess.DEVNULL, stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.STDOUT
-    )
-    try:
-        async with asyncio.timeout(LOADER_S):
-            said, _ = await process.communicate()
-    except TimeoutError:
-        process.kill()
-        await process.wait()
-        raise PlatformFault(f"the loader did not finish in {LOADER_S:g} s") from None
-    text = said.decode(errors="replace").strip()[-4000:]
-    if process.returncode != 0:
-        raise PlatformFault(f"the eBPF programs cannot be loaded: {text}")
-    return text
-
-
-def loaded(settings: NodeSettings) -> bool:
-    """Whether the programs of this layout are attached to the cgroups of these settings, without compiling."""
-    node, pods = (cgroup.cgroup_id(path) for path in cgroups_of(settings))
-    if not (bpf_links.version_dir(settings.bpffs_dir) / "progs" / "sk_lookup").exists():
-        return False
-    try:
-        found = bpf_links.attachments(settings.bpffs_dir)
-    except AmbientError:
-        return False
-    return bool(found) and all(a.target == (node if a.where == bpf_links.NODE else pods) for a in found)
-
-
-def cgroups_of(settings: NodeSettings) -> tuple[Path, Path]:
-    """The node's and the pods' cgroup. Raises PlatformFault naming the setting."""
-    node = Path(settings.node_cgroup) if settings.node_cgroup else cgroup.mount_point()
-    pods = Path(settings.pods_cgroup) if settings.pods_cgroup else cgroup.find_pods_cgroup(node)
-    return node, pods
 
 
 def _settings_value(settings: NodeSettings, before: SettingsValue) -> SettingsValue:
