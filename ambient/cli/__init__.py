@@ -7,7 +7,9 @@ module is imported only when it is called, so that `ambient --help` stays fast a
 
 from __future__ import annotations
 
+import contextlib
 import importlib
+import os
 import sys
 from typing import Any
 
@@ -90,4 +92,11 @@ def main() -> None:
         cli(prog_name="ambient")
     except OSError as error:  # a reader that has gone is click's business
         click.echo(f"ambient: {error}", err=True)
+        _forget_output()
         sys.exit(1)
+
+
+def _forget_output() -> None:
+    """What could not be written, and waits in a buffer, is not tried again at exit."""
+    with contextlib.suppress(OSError), open(os.devnull, "wb") as nowhere:
+        os.dup2(nowhere.fileno(), sys.__stdout__.fileno() if sys.__stdout__ is not None else 1)

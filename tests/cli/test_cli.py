@@ -163,11 +163,13 @@ def test_addresses_in_a_table_are_never_taken_for_pictures() -> None:
     assert table([{"a": "fd00:96::100: :80"}], ("a",)).splitlines()[1] == "fd00:96::100: :80"
 
 
+@pytest.mark.parametrize("unbuffered", ["", "1"])
 @pytest.mark.parametrize("word", ["version", "--help"])
-def test_what_cannot_be_written_is_one_line_and_exit_code_1(word: str) -> None:
+def test_what_cannot_be_written_is_one_line_and_exit_code_1(word: str, unbuffered: str) -> None:
     with open("/dev/full", "w") as full:
         argv = [sys.executable, "-c", "from ambient.cli import main; main()", word]
-        done = subprocess.run(argv, stdout=full, stderr=subprocess.PIPE, text=True, check=False)
+        environment = os.environ | {"PYTHONUNBUFFERED": unbuffered}
+        done = subprocess.run(argv, stdout=full, stderr=subprocess.PIPE, text=True, check=False, env=environment)
     assert (done.returncode, done.stderr) == (1, "ambient: [Errno 28] No space left on device\n")
 
 

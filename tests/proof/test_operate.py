@@ -25,6 +25,7 @@ from ambient.datapath.values import (
     VerdictValue,
     WorkloadValue,
 )
+from ambient.errors import PlatformFault
 from ambient.io import bpf_links
 from ambient.io.bpf_maps import SPEC, Maps
 from ambient.lab.driver import eventually
@@ -180,10 +181,19 @@ def test_every_map_is_shown_by_names_filtered_and_watched(mesh: Mesh, judged: st
             Maps.open(str(mesh.lab.bpffs / "node1")) as held,
             mesh.background(judged, "a", *hold, vip, "80") as through_ztunnel,
             mesh.background(judged, "a", *hold, c, str(PORT)) as within,
-            mesh.background(judged, "a", *browse, f"http://{mesh.address(judged, 'shop')}:{PORT}/whoami") as moved,
+            ExitStack() as browsing,
         ):
-            moved.await_output("open")
-            eventually(lambda: maps("sockets", "-n", judged, "-o", "json"), 10, "it to be redirected")
+            shop = f"http://{mesh.address(judged, 'shop')}:{PORT}/whoami"
+
+            def redirected() -> list[dict[str, Any]]:
+                """Nothing but its messages moves a connection to redirection: one that is quiet is no proof."""
+                browsing.enter_context(mesh.background(judged, "a", *browse, shop)).await_output("open")
+                return maps("sockets", "-n", judged, "-o", "json")
+
+            try:
+                eventually(redirected, 10, "one to be redirected")
+            except PlatformFault as fault:
+                pytest.fail(f"{fault}: {maps('flows', '-n', judged, '-o', 'json')} {maps('counters', '-o', 'json')}")
             through_ztunnel.await_output("echoed")
             within.await_output("echoed")
             there = held.workloads[c]
