@@ -23,6 +23,8 @@ from ambient.io.bpf_sys import NOEXIST, BpfFault
 
 CLOSED: Final = LAYOUT["END_CLOSED"]
 NetnsOf = Callable[[int], int | None]
+Which = tuple[int, int]
+"""A flow: the cookie of its client's socket, which may be used for another connection, and when it was made."""
 """Cookie of a pod's network namespace -> its descriptor, None if it is not known."""
 
 
@@ -49,6 +51,10 @@ def bytes_sent(flow: FlowValue) -> int:
 def bytes_received(flow: FlowValue) -> int:
     """By the client, of a closed flow."""
     return flow.server.native_bytes + flow.server.redirect_bytes
+
+
+def which(flow: FlowValue) -> Which:
+    return flow.client.cookie, flow.created_ns
 
 
 def never_accepted(flow: FlowValue) -> bool:
@@ -142,8 +148,7 @@ class FlowReader:
 
 
 def _is_same(raw: bytes, flow: FlowValue) -> bool:
-    found = FlowValue.decode(raw)
-    return (found.client.cookie, found.created_ns) == (flow.client.cookie, flow.created_ns)
+    return which(FlowValue.decode(raw)) == which(flow)
 
 
 def _live(key: TupleKey, value: FlowValue, sockets: dict[int, sock_diag.TcpSocket]) -> LiveFlow:

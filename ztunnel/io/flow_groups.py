@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from typing import Final
 
 from ambient.datapath.values import offset_of, picker
+from ambient.io.flow_reader import Which
 from ztunnel.core.attributes import Ends
 from ztunnel.core.messages import ConnectionEvent
 
@@ -32,10 +33,6 @@ _PAIR_TO: Final = offset_of("flow_event", "key.remote_port")
 """Addresses and the server's port."""
 _WHO: Final = slice(offset_of("flow_event", "value.netns_client"), offset_of("flow_event", "value.reason"))
 """Namespaces, what was dialled, workloads, identity, policy."""
-
-
-Which = tuple[int, int]
-"""A flow: the cookie of its client's socket, which may be used for another connection, and when it was made."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -27,7 +27,7 @@ from ambient.datapath.render import socket_text
 from ambient.datapath.values import FlowEvent, FlowValue, TupleKey
 from ambient.errors import AmbientError
 from ambient.io.bpf_maps import Maps
-from ambient.io.flow_reader import FlowReader, bytes_received, bytes_sent, never_accepted
+from ambient.io.flow_reader import FlowReader, Which, bytes_received, bytes_sent, never_accepted, which
 from ambient.model.address import parse_ip
 from ambient.model.world import World
 from ambient.node.messages import Pod
@@ -36,7 +36,7 @@ from ztunnel.core.attributes import describe
 from ztunnel.core.local import Local, identity_of
 from ztunnel.core.messages import ConnectionEvent
 from ztunnel.io import access_log
-from ztunnel.io.flow_groups import Group, Groups, Told, Which
+from ztunnel.io.flow_groups import Group, Groups, Told
 
 PROGRESS_S: Final = 10.0
 READ_S: Final = 0.05
@@ -223,16 +223,16 @@ class KernelFlows:
 
     def _take(self, flow: FlowValue) -> tuple[_Known, bool]:
         """The flow's place, and whether it is new to this process."""
-        which = _which(flow)
-        known = self._known.get(which)
+        key = which(flow)
+        known = self._known.get(key)
         if known is not None:
             return known, False
-        known = self._known[which] = _Known(self._next, *self._before.pop(which, (0, 0)))
+        known = self._known[key] = _Known(self._next, *self._before.pop(key, (0, 0)))
         self._next += 2
         return known, True
 
     def _closed(self, key: TupleKey, flow: FlowValue, closed_ns: int) -> list[ConnectionEvent]:
-        if never_accepted(flow) and _which(flow) not in self._known:
+        if never_accepted(flow) and which(flow) not in self._known:
             # Refused, timed out or closed. The application was told so.
             self._count("kernel_connect_failed")
             return self._pair(key, flow, "failed", _Known(self._new_number(), 0, 0), 0, 0, closed_ns)
@@ -240,7 +240,7 @@ class KernelFlows:
         sent, received = bytes_sent(flow), bytes_received(flow)
         events = self._pair(key, flow, "opened", known, known.sent, known.received, closed_ns) if new else []
         events += self._pair(key, flow, "closed", known, sent, received, closed_ns)
-        del self._known[_which(flow)]
+        del self._known[which(flow)]
         return events
 
     def _progress(self, key: TupleKey, flow: FlowValue, sent: int, received: int, now: int) -> list[ConnectionEvent]:
@@ -309,17 +309,13 @@ class KernelFlows:
         return {(cookie, created_ns): (sent, received) for cookie, created_ns, sent, received in rows}
 
     def _save(self) -> None:
-        told = [(*which, known.sent, known.received) for which, known in self._known.items()]
+        told = [(*flow, known.sent, known.received) for flow, known in self._known.items()]
         aside = self._run_dir / ".kernel_flows.json.new"
         try:
             aside.write_bytes(msgspec.json.encode(told))
             aside.replace(self._run_dir / "kernel_flows.json")
         except OSError as error:
             _log.error("kernel_flows.json: %s", error)
-
-
-def _which(flow: FlowValue) -> Which:
-    return flow.client.cookie, flow.created_ns
 
 
 def _locked(fd: int) -> bool:

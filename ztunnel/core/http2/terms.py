@@ -9,6 +9,7 @@ from typing import Final, Protocol
 from ambient.errors import PeerFault
 from ztunnel.core.frames import Code
 from ztunnel.core.headers import Header
+from ztunnel.core.pool import STREAMS_MAX
 from ztunnel.core.streams import Stream
 
 
@@ -48,7 +49,7 @@ class Limits:
         return self.connection_window >> 3
 
 
-CLIENT_LIMITS: Final = Limits(header_list_bytes=16 * 1024, streams=100)
+CLIENT_LIMITS: Final = Limits(header_list_bytes=16 * 1024, streams=STREAMS_MAX)
 SERVER_LIMITS: Final = Limits()
 
 
